@@ -1,0 +1,44 @@
+"""New methods of RL for language models as plugins for Hugging Face TRL."""
+
+from importlib import import_module
+from importlib.metadata import version as _version
+
+
+__version__ = "0.1.0"
+
+SUPPORTED_TRL = ("1.15", "1.17")  # from the first up to, not including, the second; also in pyproject.toml
+
+
+def _check_trl(installed: str) -> None:
+    def key(release):
+        return tuple(int(part) for part in release.split(".")[:2])
+
+    if not key(SUPPORTED_TRL[0]) <= key(installed) < key(SUPPORTED_TRL[1]):
+        raise ImportError(
+            f"trl_ext {__version__} works with trl>={SUPPORTED_TRL[0]},<{SUPPORTED_TRL[1]}, but trl {installed} is "
+            f'installed. Run: pip install "trl>={SUPPORTED_TRL[0]},<{SUPPORTED_TRL[1]}"'
+        )
+
+
+_check_trl(_version("trl"))
+
+# Public names and where they live. They are imported on first use, so that `import trl_ext` stays cheap.
+_PUBLIC = {
+    "core": ("MethodConfig", "MethodTrainer", "MixingError", "Rollouts", "TokenBatch", "mix"),
+    "methods.clip_cov": ("ClipCovConfig", "ClipCovTrainer"),
+    "methods.kl_cov": ("KLCovConfig", "KLCovTrainer"),
+    "methods.spo": ("SPOConfig", "SPOTrainer"),
+}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name in _MODULE_OF:
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

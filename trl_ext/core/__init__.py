@@ -1,0 +1,9 @@
+"""The engine: TRL's GRPO step, opened at its joints."""
+
+from .config import MethodConfig, MixingError
+from .mixing import mix
+from .rollouts import Rollouts, TokenBatch
+from .trainer import MethodTrainer
+
+
+__all__ = ["MethodConfig", "MethodTrainer", "MixingError", "Rollouts", "TokenBatch", "mix"]

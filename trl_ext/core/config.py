@@ -1,0 +1,118 @@
+"""Configuration of a method: TRL's `GRPOConfig` plus the paper's own fields."""
+
+import dataclasses
+import inspect
+from dataclasses import MISSING, dataclass
+
+from trl import GRPOConfig
+
+
+class MixingError(TypeError):
+    """Two methods cannot be combined; the message names both and says why."""
+
+
+class Undecided:
+    """
+    Default of a field to which two mixed configs give different values. The class can be made (so the field shows up
+    in `--help` and can be set from YAML), but an instance must be given the field.
+    """
+
+    def __init__(self, choices: dict[str, object]):
+        self.choices = choices
+
+    def __repr__(self) -> str:
+        return "undecided: " + ", ".join(f"{value!r} in {name}" for name, value in self.choices.items())
+
+
+class _One(int):
+    # GRPOConfig refuses `num_generations < 2` in the middle of its checks; every other check must still run.
+    def __lt__(self, other):
+        return False
+
+
+@dataclass
+class MethodConfig(GRPOConfig):
+    r"""
+    Base class of every method's configuration.
+
+    A subclass declares the paper's own fields, prefixed with the method's short name, and redeclares an inherited
+    field only where the mechanism needs another default. Configs mix by inheritance (`class C(ClipCovConfig,
+    SPOConfig)`): every field keeps the default of the class that declared it, and where two unrelated classes declare
+    different defaults the field must be given, else [`MixingError`] is raised.
+
+    It allows `num_generations=1`, which `GRPOConfig` refuses, for methods without a group baseline;
+    [`MethodTrainer`] checks that the method is one.
+    """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        own = inspect.get_annotations(cls)
+        # Every dataclass carries copies of all the fields it inherits, so plain inheritance would take the copies of
+        # the first base for decisions: SPO's `num_generations=1` would be lost in `C(ClipCovConfig, SPOConfig)`.
+        inherited = {}
+        for name, declarers in _declarations(cls.__mro__[1:]).items():
+            if name in own:
+                continue
+            fields = {base.__name__: base.__dataclass_fields__[name] for base in declarers}
+            field = next(iter(fields.values()))
+            defaults = {base: _default(field) for base, field in fields.items()}
+            if any(default != _default(field) for default in defaults.values()):
+                new = dataclasses.field(default=Undecided(defaults), metadata=field.metadata)
+            else:
+                new = dataclasses.field(
+                    default=field.default, default_factory=field.default_factory, metadata=field.metadata
+                )
+            inherited[name] = (field.type, new)
+        if len([base for base in cls.__bases__ if issubclass(base, MethodConfig)]) > 1:
+            for name, (_, field) in inherited.items():
+                setattr(cls, name, field)
+            cls.__annotations__ = {name: kind for name, (kind, _) in inherited.items()} | own
+        cls._declared = frozenset(own)
+
+    def __post_init__(self):
+        if "__dataclass_fields__" not in type(self).__dict__:
+            raise TypeError(f"{type(self).__name__} must be decorated with @dataclass, or its fields are ignored.")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Undecided):
+                raise MixingError(
+                    f"`{field.name}` must be given for {type(self).__name__}: its methods need different values "
+                    f"({value!r})."
+                )
+        if self.num_generations == 1:
+            self.num_generations = _One(1)
+        super().__post_init__()
+        self.num_generations = int(self.num_generations)
+
+    def check_range(self, name: str, valid: bool, need: str) -> None:
+        """
+        Raise a `ValueError` that names the field, its value and what is needed, unless `valid`.
+
+        Args:
+            name (`str`):
+                Name of the field.
+            valid (`bool`):
+                Whether its value is acceptable.
+            need (`str`):
+                What is acceptable, to follow "must be".
+        """
+        if not valid:
+            raise ValueError(f"`{name}` must be {need}, got {getattr(self, name)!r}.")
+
+
+MethodConfig._declared = frozenset()
+
+
+def _declarations(mro) -> dict[str, list[type]]:
+    """The classes whose own body declares each field, without those that a subclass of theirs overrules."""
+    declarers: dict[str, list[type]] = {}
+    for base in mro:  # subclasses come first
+        for name in base._declared if issubclass(base, MethodConfig) else ():
+            known = declarers.setdefault(name, [])
+            if not any(issubclass(other, base) for other in known):
+                known.append(base)
+    return declarers
+
+
+def _default(field: dataclasses.Field):
+    return field.default if field.default is not MISSING else field.default_factory

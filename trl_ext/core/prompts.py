@@ -1,0 +1,85 @@
+"""Which prompts a generation draws: TRL's own order as a function of the generation counter, and weighted draws."""
+
+import hashlib
+
+import torch
+
+
+def make_generator(seed: int, purpose: str, *keys: int) -> torch.Generator:
+    """
+    A generator whose draws depend on nothing but its arguments, so every process and every resumed run draws the same.
+
+    Args:
+        seed (`int`):
+            The run's seed.
+        purpose (`str`):
+            What is drawn; different purposes draw independently.
+        keys (`int`):
+            Generation counter, group id, ...
+
+    Returns:
+        `torch.Generator`: on the CPU.
+    """
+    digest = hashlib.sha256(repr((seed, purpose, keys)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class ShuffledOrder:
+    """
+    The order in which TRL's `RepeatSampler` visits prompts, as a function of the generation counter: one permutation
+    per epoch, drawn one after the other from one seed, cut into chunks; what does not fill a chunk is left out.
+
+    Args:
+        size (`int`):
+            Number of prompts P.
+        chunk (`int`):
+            Prompts per generation.
+        shuffle (`bool`):
+            False keeps the order of the data set.
+        seed (`int`):
+            TRL's seed.
+    """
+
+    def __init__(self, size: int, chunk: int, shuffle: bool, seed: int):
+        self.size, self.chunk, self.shuffle, self.seed = size, chunk, shuffle, seed
+        self._epoch = -1
+
+    def rows(self, generation: int) -> torch.Tensor:
+        """Rows that generation number `generation` draws, shape `(chunk,)`."""
+        epoch, position = divmod(generation, self.size // self.chunk)
+        if epoch < self._epoch or self._epoch < 0:
+            self._epoch, self._generator = -1, torch.Generator().manual_seed(self.seed)
+        while self._epoch < epoch:
+            self._epoch += 1
+            self._order = (
+                torch.randperm(self.size, generator=self._generator) if self.shuffle else torch.arange(self.size)
+            )
+        return self._order[position * self.chunk : (position + 1) * self.chunk]
+
+
+def draw_rows(weights: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
+    """
+    Draw prompts with probability proportional to their weights.
+
+    Args:
+        weights (`torch.Tensor`):
+            Non-negative weights, shape `(P,)`.
+        n (`int`):
+            Number of prompts to draw.
+        generator (`torch.Generator`):
+            Source of randomness, on the CPU.
+
+    Returns:
+        `torch.Tensor`: `n` rows, without replacement; with replacement only if fewer than `n` weights are positive.
+
+    Raises:
+        ValueError: if a weight is negative, NaN or infinite, or all are 0.
+    """
+    weights = weights.double().cpu()
+    if not (weights.isfinite() & (weights >= 0)).all() or not (weights > 0).any():
+        raise ValueError(
+            "prompt weights must be finite, at least 0 and not all 0; got a minimum of "
+            f"{weights.min().item()} and a maximum of {weights.max().item()}."
+        )
+    replacement = int((weights > 0).sum()) < n
+    return torch.multinomial(weights, n, replacement=replacement, generator=generator)

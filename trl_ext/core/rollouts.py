@@ -1,0 +1,288 @@
+"""What the hooks see: the scored rollouts of a generation, and the tokens of a micro-batch."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from trl.trainer.utils import nanstd
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """
+    The scored rollouts of one generation.
+
+    Quantities per rollout are GLOBAL, of shape `(N, ...)` and equal on every process, so a state that is updated from
+    them agrees everywhere without messages. Quantities per token are LOCAL, of shape `(n, T)`: gathering them could
+    cost hundreds of megabytes. The rows of this process are `local`.
+
+    Attributes:
+        prompt_index (`torch.Tensor`):
+            Row of each rollout's prompt in the training set, shape `(N,)`; -1 in evaluation.
+        group_ids (`torch.Tensor`):
+            Group of each rollout, shape `(N,)`. Rollouts of one drawn prompt share a group; a prompt that is drawn
+            twice makes two groups. Groups may differ in size.
+        reward_matrix (`torch.Tensor`):
+            What the K reward functions returned, shape `(N, K)`; NaN where a function returned None.
+        reward_weights (`torch.Tensor`):
+            Weight of each reward function, shape `(K,)`.
+        lengths (`torch.Tensor`):
+            Tokens written by the model, shape `(N,)`.
+        truncated (`torch.Tensor`):
+            Whether the rollout ended without an end-of-sequence token, boolean, shape `(N,)`.
+        local (`slice`):
+            This process's rows of the global tensors.
+        prompt_ids (`torch.Tensor`), prompt_mask (`torch.Tensor`):
+            Tokens of the local prompts, padded on the left, shape `(n, T_prompt)`.
+        completion_ids (`torch.Tensor`):
+            Tokens of the local completions, padded on the right, shape `(n, T)`.
+        completion_mask (`torch.Tensor`):
+            1 for the tokens of the completion, those of tools included, shape `(n, T)`.
+        mask (`torch.Tensor`):
+            1 for tokens written by the model that enter the loss, shape `(n, T)`.
+        completions (`list`):
+            The local completions as the reward functions saw them.
+        training (`bool`):
+            Whether this is a training generation. In evaluation, state is read but never written.
+        generation (`int`):
+            Number of training generations before this one.
+        step (`int`), max_steps (`int`):
+            Optimizer steps done, and planned.
+        old_logps (`torch.Tensor`, *optional*), entropies (`torch.Tensor`, *optional*), ref_logps (`torch.Tensor`, *optional*):
+            Of the acting policy (log-probabilities, full-vocabulary entropies in nats) and of the reference model at
+            the local tokens, shape `(n, T)`; present if TRL computes them or a method `needs` them.
+        shaped (`torch.Tensor`, *optional*):
+            Result of `shape_rewards`, `(N, K)` or `(N,)`; set when that hook has run.
+        advantages (`torch.Tensor`, *optional*):
+            Result of `compute_advantages`, global `(N,)` or local per token `(n, T)`; set when that hook has run.
+    """
+
+    prompt_index: torch.Tensor
+    group_ids: torch.Tensor
+    reward_matrix: torch.Tensor
+    reward_weights: torch.Tensor
+    lengths: torch.Tensor
+    truncated: torch.Tensor
+    local: slice
+    prompt_ids: torch.Tensor
+    prompt_mask: torch.Tensor
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+    mask: torch.Tensor
+    completions: list
+    training: bool
+    generation: int
+    step: int
+    max_steps: int
+    old_logps: torch.Tensor | None = None
+    entropies: torch.Tensor | None = None
+    ref_logps: torch.Tensor | None = None
+    shaped: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.group_ids)
+
+    def replace(self, **changes) -> "Rollouts":
+        """A copy with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def scored(self) -> torch.Tensor:
+        """Rollouts that at least one reward function scored, boolean, shape `(N,)`."""
+        return ~self.reward_matrix.isnan().all(dim=1)
+
+    @property
+    def raw_rewards(self) -> torch.Tensor:
+        """Weighted sum of the reward functions before shaping, shape `(N,)`; NaN where nothing was scored."""
+        return weighted_sum(self.reward_matrix, self.reward_weights)
+
+    @property
+    def rewards(self) -> torch.Tensor:
+        """Weighted sum of the (shaped) rewards, shape `(N,)`; NaN where nothing was scored."""
+        if self.shaped is None:
+            return self.raw_rewards
+        return self.shaped if self.shaped.dim() == 1 else weighted_sum(self.shaped, self.reward_weights)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """
+    The tokens of one LOCAL micro-batch, from the forward pass that the loss makes anyway.
+
+    Attributes:
+        logps (`torch.Tensor`):
+            Log-probabilities under the current policy, with gradient, shape `(B, T)`.
+        old_logps (`torch.Tensor`):
+            Log-probabilities under the policy that generated (equal to `logps`, detached, when strictly on-policy),
+            shape `(B, T)`.
+        ref_logps (`torch.Tensor`, *optional*):
+            Log-probabilities under the reference model, shape `(B, T)`; present if `beta` is not 0.
+        sampling_logps (`torch.Tensor`, *optional*):
+            Log-probabilities that the generation engine reported, shape `(B, T)`; NaN where it reported none.
+        entropies (`torch.Tensor`):
+            Entropies of the current policy in nats, with gradient, shape `(B, T)`.
+        advantages (`torch.Tensor`):
+            Advantages, shape `(B, T)`.
+        mask (`torch.Tensor`):
+            1 for tokens that enter the loss, shape `(B, T)`.
+        token_ids (`torch.Tensor`):
+            The tokens, shape `(B, T)`.
+        group_ids (`torch.Tensor`), prompt_index (`torch.Tensor`), rewards (`torch.Tensor`):
+            As in [`Rollouts`], of these rows, shape `(B,)`.
+        num_items (`torch.Tensor`):
+            Tokens that enter the loss in the whole generation batch over all processes, scalar.
+        parts (`int`):
+            Micro-batches that share `num_items`: those of all processes in a generation (one per process in evaluation).
+        step (`int`), micro_step (`int`):
+            Optimizer steps done, and micro-batches done since the start of training.
+        training (`bool`):
+            Whether a training loss is computed.
+        log_ratio (`torch.Tensor`, *optional*):
+            Result of the `log_ratio` hook, `(B, T)` or `(B, 1)`.
+        ratio_low (`float` or `torch.Tensor`, *optional*), ratio_high (`float` or `torch.Tensor`, *optional*):
+            Result of the `clip_range` hook; None means no bound.
+    """
+
+    logps: torch.Tensor
+    old_logps: torch.Tensor
+    entropies: torch.Tensor
+    advantages: torch.Tensor
+    mask: torch.Tensor
+    token_ids: torch.Tensor
+    group_ids: torch.Tensor
+    prompt_index: torch.Tensor
+    rewards: torch.Tensor
+    num_items: torch.Tensor
+    parts: int
+    step: int
+    micro_step: int
+    training: bool
+    ref_logps: torch.Tensor | None = None
+    sampling_logps: torch.Tensor | None = None
+    log_ratio: torch.Tensor | None = None
+    ratio_low: "float | torch.Tensor | None" = None
+    ratio_high: "float | torch.Tensor | None" = None
+
+    def replace(self, **changes) -> "TokenBatch":
+        """A copy with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def weighted_sum(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """
+    Weighted sum over reward functions, as TRL takes it.
+
+    Args:
+        rewards (`torch.Tensor`):
+            Shape `(N, K)`; NaN entries are left out of the sum.
+        weights (`torch.Tensor`):
+            Shape `(K,)`.
+
+    Returns:
+        `torch.Tensor`: Shape `(N,)`; NaN for a row without any reward.
+    """
+    total = (rewards * weights.to(rewards).unsqueeze(0)).nansum(dim=1)
+    return total.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+
+
+def group_table(values: torch.Tensor, group_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Lay values out with one group per row, whatever the group sizes.
+
+    Args:
+        values (`torch.Tensor`):
+            Shape `(N, ...)`, floating point.
+        group_ids (`torch.Tensor`):
+            Group of each value, shape `(N,)`, any integers.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: the table `(M, largest group, ...)`, rows by ascending group
+        id, padded with NaN; and the row `(N,)` and column `(N,)` of each value in it.
+    """
+    ids, row = group_ids.unique(return_inverse=True)
+    order = row.argsort(stable=True)
+    counts = torch.bincount(row, minlength=len(ids))
+    column = torch.empty_like(row)
+    column[order] = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row[order]]
+    table = values.new_full((len(ids), int(counts.max()) if len(row) else 0, *values.shape[1:]), torch.nan)
+    table[row, column] = values
+    return table, row, column
+
+
+def zero_signal(rewards: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
+    """
+    Rollouts of groups without a learning signal: all their scored rewards are equal (by equality, since a float
+    standard deviation of equal numbers can be positive).
+
+    Args:
+        rewards (`torch.Tensor`):
+            Shape `(N,)`; NaN = not scored.
+        group_ids (`torch.Tensor`):
+            Shape `(N,)`.
+
+    Returns:
+        `torch.Tensor`: Boolean, shape `(N,)`. A group with fewer than two scored rollouts has no signal.
+    """
+    table, row, _ = group_table(rewards, group_ids)
+    unscored = table.isnan()
+    lowest = table.masked_fill(unscored, torch.inf).amin(dim=1)
+    highest = table.masked_fill(unscored, -torch.inf).amax(dim=1)
+    return (lowest >= highest)[row]
+
+
+def group_advantages(
+    rewards: torch.Tensor, group_ids: torch.Tensor, scale: str = "group", eps: float = 1e-4
+) -> torch.Tensor:
+    """
+    GRPO's advantages (DeepSeekMath, arXiv 2402.03300) over groups of any sizes; with equal sizes bit for bit TRL's.
+
+    Args:
+        rewards (`torch.Tensor`):
+            Shape `(N,)`; NaN = not scored.
+        group_ids (`torch.Tensor`):
+            Shape `(N,)`.
+        scale (`str`, *optional*, defaults to `"group"`):
+            Divide by the standard deviation of the `"group"`, of the `"batch"`, or by nothing (`"none"`).
+        eps (`float`, *optional*, defaults to `1e-4`):
+            Added to the standard deviation.
+
+    Returns:
+        `torch.Tensor`: Shape `(N,)`; 0 for unscored rollouts and for groups of one.
+    """
+    table, row, column = group_table(rewards, group_ids)
+    advantages = rewards - torch.nanmean(table, dim=1)[row]
+    if scale == "group":
+        advantages = advantages / (nanstd(table, dim=1)[row] + eps)
+    elif scale == "batch":
+        advantages = advantages / (nanstd(rewards) + eps)
+    return torch.nan_to_num(advantages, nan=0.0)
+
+
+def normalized_sum_advantages(
+    rewards: torch.Tensor, weights: torch.Tensor, group_ids: torch.Tensor, eps: float = 1e-4
+) -> torch.Tensor:
+    """
+    TRL's `multi_objective_aggregation="normalize_then_sum"` (GDPO, arXiv 2601.05242) over groups of any sizes: each
+    reward function is standardised within the group, the weighted sum over the batch.
+
+    Args:
+        rewards (`torch.Tensor`):
+            Shape `(N, K)`; NaN = not scored.
+        weights (`torch.Tensor`):
+            Shape `(K,)`.
+        group_ids (`torch.Tensor`):
+            Shape `(N,)`.
+        eps (`float`, *optional*, defaults to `1e-4`):
+            Added to the standard deviations.
+
+    Returns:
+        `torch.Tensor`: Shape `(N,)`; 0 for unscored rollouts.
+    """
+    table, row, column = group_table(rewards, group_ids)
+    mean = torch.nanmean(table, dim=1, keepdim=True)
+    std = nanstd(table, dim=1, keepdim=True) if table.shape[1] > 1 else torch.zeros_like(mean)
+    standardised = ((table - mean) / (std + eps))[row, column]
+    total = weighted_sum(standardised, weights)
+    std = nanstd(total) if total.numel() > 1 else torch.zeros_like(total)
+    return torch.nan_to_num((total - torch.nanmean(total)) / (std + eps), nan=0.0)

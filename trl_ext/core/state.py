@@ -1,0 +1,81 @@
+"""What a checkpoint holds beyond TRL's: one shared file, one file per process, and a marker written last."""
+
+import json
+import os
+
+import torch
+
+
+SHARED, LOCAL, MARKER = "trl_ext_state.pt", "trl_ext_local_{}.pt", "trl_ext_complete.json"
+
+
+def save(folder: str, shared: dict, local: dict, accelerator) -> None:
+    """
+    Write a run's state. Every process must call it.
+
+    Args:
+        folder (`str`):
+            An existing directory.
+        shared (`dict`):
+            State that is the same on every process; written by the main one.
+        local (`dict`):
+            State of this process.
+        accelerator ([`~accelerate.Accelerator`]):
+            Tells the process's index.
+    """
+    write(local, os.path.join(folder, LOCAL.format(accelerator.process_index)))
+    if accelerator.is_main_process:
+        write(shared, os.path.join(folder, SHARED))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:  # only now is the checkpoint complete
+        with open(os.path.join(folder, MARKER), "w") as file:
+            json.dump({"trainer": shared["trainer"], "processes": accelerator.num_processes}, file)
+
+
+def load(folder: str, accelerator) -> tuple[dict, list[dict]]:
+    """
+    Read a run's state.
+
+    Args:
+        folder (`str`):
+            A checkpoint.
+        accelerator ([`~accelerate.Accelerator`]):
+            Tells the process's index.
+
+    Returns:
+        `tuple[dict, list[dict]]`: the shared state, and the shares of the state per process that fall to this one.
+
+    Raises:
+        FileNotFoundError: if a file of the state is missing; the message names it.
+    """
+    for name in (MARKER, SHARED):
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise FileNotFoundError(
+                f"{folder} has no {name}: it was not written by trl_ext, or writing it was cut short. Resume from "
+                "another checkpoint, or start anew from its weights."
+            )
+    shared = torch.load(os.path.join(folder, SHARED), map_location="cpu", weights_only=True)
+    shares = []
+    for process in range(accelerator.process_index, shared["processes"], accelerator.num_processes):
+        path = os.path.join(folder, LOCAL.format(process))
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"{path} is missing, the state of process {process} of {shared['processes']}: copy it from the node "
+                "that wrote it, or resume from another checkpoint."
+            )
+        shares.append(torch.load(path, map_location="cpu", weights_only=True))
+    return shared, shares
+
+
+def write(value: dict, path: str) -> None:
+    torch.save(value, f"{path}.partial")
+    os.replace(f"{path}.partial", path)
+
+
+def to_device(value, device):
+    """Move every tensor in nested lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: to_device(part, device) for key, part in value.items()}
+    return [to_device(part, device) for part in value] if isinstance(value, list) else value

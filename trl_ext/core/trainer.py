@@ -1,0 +1,895 @@
+"""
+`MethodTrainer`: TRL's GRPO step with a hook at every joint where papers differ.
+
+This is the only file that relies on TRL's private members. `tests/core/test_contract.py` guards each of them:
+
+| member of TRL's `GRPOTrainer` | relied on for |
+|---|---|
+| `_generate_and_score_completions(inputs)` | one call per generation; inputs = local rows, result = dict of local tensors |
+| `_calculate_rewards(inputs, prompts, completions, completion_ids_list)` | returns the gathered `(N, K)`, NaN for None |
+| `_get_per_token_logps_and_entropies(model, ids, mask, keep, ...)` | every forward pass of the policy goes through it |
+| `_compute_loss(model, inputs)` | calls the forward once, reads advantages and `epsilon_*` only after it |
+| `_prepare_inputs`, `_buffered_inputs`, `_step` | when a generation is made and how it is cut into micro-batches |
+| `get_high_entropy_mask`, `get_off_policy_mask` | the masks that TRL multiplies into the loss |
+| `_metrics`, `_logs` | what is logged |
+| `_save_checkpoint`, `_load_optimizer_and_scheduler` | when state is written and read |
+| `get_train_dataloader` | takes its rows from `self.train_dataset` |
+| `trl.trainer.utils.nanstd` | the standard deviation of the advantages |
+"""
+
+import contextlib
+import hashlib
+import logging
+import random
+import warnings
+
+import numpy as np
+import torch
+from accelerate.utils import gather
+from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import pad
+
+from . import card, loss, mixing, state
+from .config import MethodConfig
+from .prompts import ShuffledOrder, draw_rows, make_generator
+from .rollouts import Rollouts, TokenBatch, group_advantages, normalized_sum_advantages, zero_signal
+
+
+logger = logging.getLogger(__name__)
+
+NEEDS = {"old_logps", "ref_logps", "entropies"}
+
+
+class MethodTrainer(GRPOTrainer):
+    r"""
+    TRL's [`~trl.GRPOTrainer`] with hooks. Without a subclass it is TRL's trainer, bit for bit.
+
+    A method subclasses it, sets the class attributes below and overrides the hooks that its paper changes. A hook
+    either refines the result of `super()` or replaces it, and then says so in `replaces`. Methods mix by inheritance
+    (see [`mix`]).
+
+    Takes the arguments of [`~trl.GRPOTrainer`]; `args` must be an instance of the class's `config_class`.
+
+    Class attributes:
+        config_class (`type`):
+            The method's [`MethodConfig`].
+        replaces (`tuple[str, ...]`):
+            Hooks that this class answers without `super()`.
+        ignores (`tuple[str, ...]`):
+            Hooks whose result this method never looks at; mixing it with a method that provides one is refused.
+        contradicts (`dict[str, str]`):
+            Methods that it must not be mixed with, and why.
+        runs_after (`tuple[str, ...]`):
+            Methods whose results it refines, whatever the alphabetical order says.
+        needs_off_policy (`str`):
+            What the method cannot do when strictly on-policy; a warning says so when such a trainer is built.
+        whole_groups (`bool`):
+            Whether a micro-batch must hold complete groups.
+    """
+
+    config_class = MethodConfig
+    slug = ""
+    replaces: tuple[str, ...] = ()
+    ignores: tuple[str, ...] = ()
+    contradicts: dict[str, str] = {}
+    runs_after: tuple[str, ...] = ()
+    needs_off_policy = ""
+    whole_groups = False
+    _tag_names = ["trl", "grpo", "trl-ext"]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "slug" not in cls.__dict__:
+            in_package = cls.__module__.startswith("trl_ext.methods.")
+            cls.slug = cls.__module__.rpartition(".")[2] if in_package else cls.__name__
+        mixing.check_method(cls)
+        mixing.check_mix(cls)
+        if "config_class" not in cls.__dict__:
+            parents = tuple(base for base in cls.__bases__ if issubclass(base, MethodTrainer))
+            name = f"{cls.__name__.removesuffix('Trainer')}Config"
+            cls.config_class = mixing.mixed_config(parents, name, cls.__module__, f"{cls.__qualname__}.config_class")
+
+    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, *more, **kwargs):
+        cls = type(self)
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = cls.config_class(f"{name.rstrip('/').split('/')[-1]}-{cls.__name__.removesuffix('Trainer')}")
+        if not isinstance(args, GRPOConfig if cls.config_class is MethodConfig else cls.config_class):
+            raise TypeError(
+                f"`args` of {cls.__name__} must be a {cls.config_class.__name__}, got a {type(args).__name__}."
+            )
+        self._check_args(args, train_dataset)
+        # The state of the seam. `None` in the last three means: not inside such a call.
+        self._generation = 0  # the generation counter
+        self._rollouts_spent = 0
+        self._prepared = False
+        self._scoring = False
+        self._captured = None
+        self._forwards = None
+        self._loss_inputs = None
+        self._entropy_mask = None
+        self._token_metrics = {}
+        self._score_calls = 0
+        super().__init__(model, reward_funcs, args, train_dataset, *more, **kwargs)
+        self._wanted = {need for c in mixing.methods_of(cls) for need in c.needs(args)}
+        if unknown := self._wanted - NEEDS:
+            raise TypeError(f"{cls.__name__}.needs names {sorted(unknown)}; choose from {sorted(NEEDS)}.")
+        if "ref_logps" in self._wanted and self.beta == 0.0:
+            raise ValueError(f"{cls.__name__} needs a reference model, which TRL makes only if `beta` is not 0.")
+        self._indexed = isinstance(self.train_dataset, Dataset)
+        if self._indexed:
+            chunk = args.generation_batch_size // args.num_generations
+            self._order = ShuffledOrder(len(self.train_dataset), chunk, args.shuffle_dataset, args.seed)
+            self._rows = self._remove_unused_columns(self.train_dataset, description="Training")
+        self._opens_loss = self._overrides(
+            "log_ratio", "clip_range", "policy_loss", "token_weights", "aggregate_loss", "regularizers"
+        )
+        self._own_surrogate = self._overrides("log_ratio", "policy_loss", "aggregate_loss")
+
+    def _check_args(self, args, train_dataset) -> None:
+        cls = type(self)
+        if args.num_generations == 1 and not any(
+            "compute_advantages" in c.__dict__.get("replaces", ()) + c.ignores for c in mixing.methods_of(cls)
+        ):
+            raise ValueError(
+                f"`num_generations` is 1, but {cls.__name__} compares the rollouts of a prompt with each other: set it "
+                "to at least 2, or mix in a method with a baseline of its own, such as SPO."
+            )
+        if isinstance(train_dataset, IterableDataset):
+            by_index = ("choose_prompts", "prompt_weights", "prompt_budgets", "observe", "prepare")
+            if used := [hook for hook in by_index if self._overrides(hook)]:
+                raise ValueError(
+                    f"`train_dataset` is an IterableDataset, but {cls.__name__} overrides `{used[0]}`, which needs rows "
+                    "by index: pass a `Dataset` (for example `Dataset.from_list(list(stream))`)."
+                )
+        elif isinstance(train_dataset, Dataset):
+            chunk = args.generation_batch_size // args.num_generations
+            if len(train_dataset) < chunk:
+                raise ValueError(
+                    f"`train_dataset` has {len(train_dataset)} rows, but one generation takes {chunk} prompts "
+                    f"(`generation_batch_size` {args.generation_batch_size} / `num_generations` "
+                    f"{args.num_generations}), so nothing would be trained: use more rows or a smaller batch."
+                )
+        if self._overrides("clip_range") and args.loss_type in ("sapo", "vespo"):
+            raise ValueError(f"`loss_type={args.loss_type!r}` has no clip range, which {cls.__name__} sets.")
+        if self._overrides("log_ratio", "policy_loss", "aggregate_loss") and args.loss_type == "vespo":
+            raise ValueError(
+                f"`loss_type='vespo'` is a surrogate of its own, and {cls.__name__} brings another: use 'dapo'."
+            )
+        if self._overrides("policy_loss"):
+            if args.loss_type in ("cispo", "sapo"):
+                other = {"cispo": "dapo", "sapo": "grpo"}[args.loss_type]
+                raise ValueError(
+                    f"`loss_type={args.loss_type!r}` is a surrogate of its own, and {cls.__name__} replaces the "
+                    f"surrogate: use {other!r}, which aggregates alike."
+                )
+            if args.delta is not None:
+                raise ValueError(f"`delta` bounds TRL's surrogate, which {cls.__name__} replaces: leave it unset.")
+        if self.whole_groups and args.per_device_train_batch_size % args.num_generations:
+            raise ValueError(
+                f"{cls.__name__} compares the rollouts of a prompt inside a micro-batch: `per_device_train_batch_size` "
+                f"({args.per_device_train_batch_size}) must be a multiple of `num_generations` "
+                f"({args.num_generations})."
+            )
+        if strictly_on_policy(args):
+            for base in mixing.methods_of(cls):
+                if base.needs_off_policy:
+                    warnings.warn(
+                        f"{base.__name__} {base.needs_off_policy} while training is strictly on-policy (one optimizer "
+                        "step per generation). Raise `num_iterations`, or `steps_per_generation` above "
+                        "`gradient_accumulation_steps`.",
+                        stacklevel=4,
+                    )
+
+    @classmethod
+    def _overrides(cls, *hooks: str) -> bool:
+        return any(getattr(cls, hook) is not getattr(MethodTrainer, hook) for hook in hooks)
+
+    # ------------------------------------------------------------------------------------------------ the hooks
+
+    @classmethod
+    def needs(cls, args) -> set[str]:
+        """
+        What this class wants at generation time: a subset of `{"old_logps", "ref_logps", "entropies"}`. All mixed
+        classes are asked (no `super()`), and together they cost at most one extra forward pass, none if TRL already
+        makes it.
+        """
+        return set()
+
+    def prepare(self) -> None:
+        """Runs once in a new run, before its first generation; not when a run is resumed. Add through `super()`."""
+
+    def choose_prompts(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        """
+        Choose the prompts of a generation. By default drawn without replacement by [`prompt_weights`], or in TRL's
+        order if there are none.
+
+        Args:
+            n (`int`):
+                Number of prompts.
+            generator (`torch.Generator`):
+                Seeded by the run's seed and the generation counter, so every process draws the same.
+
+        Returns:
+            `torch.Tensor`: Rows of the training set, shape `(n,)`.
+        """
+        weights = self.prompt_weights()
+        return self._order.rows(self._generation) if weights is None else draw_rows(weights, n, generator)
+
+    def prompt_weights(self) -> torch.Tensor | None:
+        """Sampling weight of every prompt of the training set, shape `(P,)`, or None for TRL's order."""
+        return None
+
+    def prompt_budgets(self, rows: torch.Tensor) -> torch.Tensor:
+        """
+        Decide how many rollouts each chosen prompt gets.
+
+        Args:
+            rows (`torch.Tensor`):
+                The chosen rows, shape `(n,)`.
+
+        Returns:
+            `torch.Tensor`: Rollouts per prompt, shape `(n,)`, at least 0, with the sum `n * num_generations`.
+        """
+        return torch.full((len(rows),), self.num_generations)
+
+    def shape_rewards(self, rollouts: Rollouts) -> torch.Tensor:
+        """
+        Change the rewards before advantages are computed.
+
+        Args:
+            rollouts ([`Rollouts`]):
+                The scored generation.
+
+        Returns:
+            `torch.Tensor`: Rewards `(N, K)`, or `(N,)` already summed; NaN stays NaN.
+        """
+        return rollouts.reward_matrix
+
+    def compute_advantages(self, rollouts: Rollouts) -> torch.Tensor:
+        """
+        Compute advantages.
+
+        Args:
+            rollouts ([`Rollouts`]):
+                The scored generation, with shaped rewards.
+
+        Returns:
+            `torch.Tensor`: Global `(N,)`, or per token of the local rollouts `(n, T)`; 0 for unscored rollouts.
+        """
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            shaped = rollouts.shaped
+            if shaped.dim() == 1:
+                raise ValueError(
+                    "`multi_objective_aggregation='normalize_then_sum'` needs one column per reward function, but "
+                    f"{type(self).__name__}.shape_rewards returned their sum: use 'sum_then_normalize'."
+                )
+            return normalized_sum_advantages(shaped, rollouts.reward_weights, rollouts.group_ids)
+        return group_advantages(rollouts.rewards, rollouts.group_ids, self.scale_rewards)
+
+    def observe(self, rollouts: Rollouts) -> None:
+        """
+        Learn from everything that was scored in a training generation: update the method's state. Add through
+        `super()`.
+
+        Args:
+            rollouts ([`Rollouts`]):
+                The scored generation with its advantages, which were computed from the state before this update.
+        """
+
+    def log_ratio(self, tokens: TokenBatch) -> torch.Tensor:
+        """Log importance ratio, shape `(B, T)` per token or `(B, 1)` per sequence."""
+        ratio = tokens.logps - tokens.old_logps
+        return loss.sequence_log_ratio(ratio, tokens.mask) if self.importance_sampling_level == "sequence" else ratio
+
+    def clip_range(self, tokens: TokenBatch) -> "tuple[float | torch.Tensor | None, float | torch.Tensor]":
+        """
+        Bounds of the importance ratio, numbers or tensors that broadcast to the log-ratio's shape; None = no bound.
+        With `loss_type="cispo"` there is only the upper one.
+        """
+        if self.loss_type == "cispo":
+            return None, self.epsilon_high
+        return 1 - self.epsilon_low, 1 + self.epsilon_high
+
+    def policy_loss(self, tokens: TokenBatch) -> torch.Tensor:
+        """The surrogate, shape `(B, T)` or `(B, 1)`, from `tokens.log_ratio`, its bounds and the advantages."""
+        if self.loss_type == "cispo":
+            return loss.cispo_loss(tokens.log_ratio, tokens.advantages, tokens.logps, tokens.ratio_high)
+        if self.loss_type == "sapo":
+            return loss.sapo_loss(
+                tokens.log_ratio, tokens.advantages, self.args.sapo_temperature_pos, self.args.sapo_temperature_neg
+            )
+        return loss.clipped_loss(
+            tokens.log_ratio, tokens.advantages, tokens.ratio_low, tokens.ratio_high, self.args.delta
+        )
+
+    def token_weights(self, tokens: TokenBatch) -> torch.Tensor | None:
+        """
+        Non-negative factors of the policy loss, shape `(B, T)`, without gradient; None = all 1. The normaliser of the
+        loss does not change: a token of weight 0 still counts in it.
+        """
+        return None
+
+    def aggregate_loss(self, per_token_loss: torch.Tensor, tokens: TokenBatch) -> torch.Tensor:
+        """
+        Reduce the policy loss of a micro-batch to a scalar (the seam divides by the accumulation steps).
+
+        Args:
+            per_token_loss (`torch.Tensor`):
+                Shape `(B, T)` or `(B, 1)`.
+            tokens ([`TokenBatch`]):
+                The micro-batch.
+
+        Returns:
+            `torch.Tensor`: Scalar.
+        """
+        items = tokens.num_items.clamp(min=1.0) / tokens.parts
+        return loss.aggregate(per_token_loss, tokens.mask, self.loss_type, items, self.max_completion_length)
+
+    def regularizers(self, tokens: TokenBatch) -> dict[str, torch.Tensor]:
+        """
+        Extra losses of a micro-batch by name, scalars with gradient that are added to the loss (the seam divides by
+        the accumulation steps) and logged. Add through `super()`.
+        """
+        return {}
+
+    def method_state(self) -> dict:
+        """
+        Everything that must survive a stop and is the same on every process: tensors, numbers, strings, lists and
+        dicts, under the method's name. Add through `super()`.
+        """
+        return {}
+
+    def load_method_state(self, state: dict) -> None:
+        """Restore what `method_state` returned. Add through `super()`."""
+
+    def local_state(self) -> dict:
+        """Like `method_state`, for this process's own share of a state. Add through `super()`."""
+        return {}
+
+    def load_local_state(self, state: dict) -> None:
+        """
+        Restore one share. Called once per share that falls to this process: its own, or after a change of the number
+        of processes W every share of an old process `p` with `p % W` equal to its index. Add through `super()`.
+        """
+
+    # ------------------------------------------------------------------------------------------- for the methods
+
+    def log_metric(self, name: str, value: float) -> None:
+        """
+        Log a number that is the same on every process.
+
+        Args:
+            name (`str`):
+                `<method>/<quantity>`.
+            value (`float`):
+                Its value; averaged over a logging interval.
+        """
+        self._metrics["train" if self.model.training else "eval"][name].append(float(value))
+
+    def log_token_metric(self, name: str, numerator: torch.Tensor, denominator: torch.Tensor) -> None:
+        """
+        Log a ratio of two sums over a micro-batch, taken over all processes (in one message for all such metrics).
+
+        Args:
+            name (`str`):
+                `<method>/<quantity>`.
+            numerator (`torch.Tensor`), denominator (`torch.Tensor`):
+                Local scalars.
+        """
+        self._token_metrics[name] = (numerator.detach().float(), torch.as_tensor(denominator).detach().float())
+
+    def gather_flat(self, values: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """
+        Gather tensors of different sizes, flattened and joined in the order of the processes.
+
+        Args:
+            values (`torch.Tensor`):
+                This process's values, any shape.
+
+        Returns:
+            `tuple[torch.Tensor, int]`: the joined values, and where this process's begin.
+        """
+        flat = values.flatten()
+        sizes = gather(torch.tensor([flat.numel()], device=flat.device)).tolist()
+        padded = torch.nn.functional.pad(
+            flat.to(torch.uint8) if flat.dtype == torch.bool else flat, (0, max(sizes) - len(flat))
+        )
+        rows = gather(padded).view(len(sizes), max(sizes))
+        joined = torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
+        return joined.to(flat.dtype), sum(sizes[: self.accelerator.process_index])
+
+    def score_prompts(self, rows: torch.Tensor, n: int) -> torch.Tensor:
+        """
+        Generate and score outside a training step, on whatever engine the trainer uses. The work is shared evenly by
+        all processes, every one of which must call it. Random states, metrics and logs stay as they were; the
+        rollouts count as spent.
+
+        Args:
+            rows (`torch.Tensor`):
+                Rows of the training set, the same on every process.
+            n (`int`):
+                Rollouts per row.
+
+        Returns:
+            `torch.Tensor`: Rewards of the K functions, shape `(len(rows), n, K)`, the same on every process.
+        """
+        if len(rows) == 0 or n == 0:
+            return torch.zeros(len(rows), n, len(self.reward_funcs))
+        examples = torch.as_tensor(rows).repeat_interleave(n)
+        count, processes = len(examples), self.accelerator.num_processes
+        share = min(
+            self.args.per_device_train_batch_size * self.args.steps_per_generation, -(-count // processes)
+        )  # as many rows at once as a training generation has, which is known to fit
+        padding = -count % (share * processes)
+        examples = torch.cat([examples, examples[:1].expand(padding)])
+        results = []
+        self._score_calls += 1
+        with self._outside_a_step():
+            set_local_seed(
+                make_generator(self.args.seed, "score_prompts", self._score_calls, self.accelerator.process_index)
+            )
+            chunks = examples.split(share * processes)
+            hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
+            for chunk in tqdm(chunks, desc="Scoring prompts", leave=False, disable=hidden):
+                local = chunk[self.accelerator.process_index * share :][:share]
+                super()._generate_and_score_completions(self._examples(local))
+                results.append(self._captured["matrix"])
+        self._rollouts_spent += count + padding
+        return torch.cat(results)[:count].view(len(rows), n, -1)
+
+    def sequence_logps(self, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:
+        """
+        Log-probabilities of given completions under the current policy, at the trainer's temperature and without
+        gradient. Every process must call it, with its own lists; all make the same number of forward passes.
+
+        Args:
+            prompts (`list[list[int]]`), completions (`list[list[int]]`):
+                Token ids.
+
+        Returns:
+            `list[torch.Tensor]`: One tensor per completion, of its length, on the CPU.
+        """
+        size, pad_id = self.args.per_device_train_batch_size, self._tokenizer.pad_token_id
+        counts = torch.tensor([len(prompts)], device=self.accelerator.device)
+        passes = -(-int(gather(counts).max()) // size)
+        results = []
+        for start in range(0, passes * size, size):
+            # A process without rows left runs one token through, since the others wait for it under FSDP and ZeRO-3.
+            chunk_p = prompts[start : start + size] or [[pad_id]]
+            chunk_c = completions[start : start + size] or [[pad_id]]
+            ids, masks = [], []
+            for sequences, side in ((chunk_p, "left"), (chunk_c, "right")):
+                rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+                ids.append(pad(rows, padding_value=pad_id, padding_side=side))
+                masks.append(pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side=side))
+            ids, masks = (torch.cat(part, dim=1).to(self.accelerator.device) for part in (ids, masks))
+            keep = max(map(len, chunk_c))
+            with torch.no_grad():
+                logps, _, _ = super()._get_per_token_logps_and_entropies(self.model, ids, masks, keep)
+            logps = logps.cpu()
+            results += [logps[i, : len(c)] for i, c in enumerate(completions[start : start + size])]
+        return results
+
+    # ------------------------------------------------------------------------------------- prompts and rollouts
+
+    def get_train_dataloader(self):
+        if not self._indexed:
+            return super().get_train_dataloader()
+        # The loader is only a clock: prompts are bound when it is time to generate, so it need not decode them.
+        dataset = self.train_dataset
+        self.train_dataset = Dataset.from_dict({"prompt": range(len(dataset))})
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = dataset
+
+    def _examples(self, rows: torch.Tensor) -> list[dict]:
+        unique, inverse = torch.as_tensor(rows).unique(return_inverse=True)
+        columns = self._rows[unique.tolist()]
+        examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return [dict(examples[i]) for i in inverse.tolist()]  # TRL writes into the rows, so none may be shared
+
+    def _plan(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row of the training set and group id of every rollout of the next generation, `(N,)` each."""
+        size, n = self.args.generation_batch_size, self.args.generation_batch_size // self.num_generations
+        rows = self.choose_prompts(n, make_generator(self.args.seed, "choose_prompts", self._generation))
+        rows = torch.as_tensor(rows).cpu()
+        name = type(self).__name__
+        if rows.shape != (n,) or rows.min() < 0 or rows.max() >= len(self.train_dataset):
+            raise ValueError(
+                f"{name}.choose_prompts must return {n} rows between 0 and {len(self.train_dataset) - 1}, got a tensor "
+                f"of shape {tuple(rows.shape)} from {rows.min().item()} to {rows.max().item()}."
+            )
+        budgets = torch.as_tensor(self.prompt_budgets(rows)).cpu()
+        if budgets.shape != (n,) or budgets.min() < 0 or budgets.sum() != size:
+            raise ValueError(
+                f"{name}.prompt_budgets must return {n} numbers of rollouts, at least 0, with the sum {size}; got a "
+                f"tensor of shape {tuple(budgets.shape)} with the sum {budgets.sum().item()}."
+            )
+        if self.whole_groups and (budgets != self.num_generations).any():
+            raise ValueError(
+                f"{name} keeps groups in one micro-batch, so every prompt needs `num_generations` rollouts."
+            )
+        return rows.repeat_interleave(budgets), torch.arange(n).repeat_interleave(budgets)
+
+    def _generate_and_score_completions(self, inputs):
+        training = self.model.training
+        if training:
+            if not self._prepared:
+                self.prepare()
+                self._prepared = True
+            if self._indexed:
+                prompt_index, group_ids = self._plan()
+                start = self.accelerator.process_index * len(inputs)
+                inputs = self._examples(prompt_index[start : start + len(inputs)])
+            else:
+                group_ids = torch.arange(self.args.generation_batch_size) // self.num_generations
+                prompt_index = torch.full_like(group_ids, -1)
+        else:
+            group_ids = torch.arange(len(inputs) * self.accelerator.num_processes) // self.num_generations_eval
+            prompt_index = torch.full_like(group_ids, -1)
+        self._forwards = []
+        try:
+            output = super()._generate_and_score_completions(inputs)
+            rollouts = self._collect(output, prompt_index, group_ids, training)
+        finally:
+            self._forwards = None
+        rollouts = rollouts.replace(shaped=self.shape_rewards(rollouts))
+        advantages = self.compute_advantages(rollouts)
+        rollouts = rollouts.replace(advantages=advantages)
+        if training:
+            self.observe(rollouts)
+            self._generation += 1
+            self._rollouts_spent += len(rollouts)
+            self._metrics["train"]["num_rollouts"] = [self._rollouts_spent]
+        output["advantages"] = advantages[rollouts.local] if advantages.dim() == 1 else advantages
+        output["group_ids"] = rollouts.group_ids[rollouts.local]
+        output["prompt_index"] = rollouts.prompt_index[rollouts.local]
+        output["rewards"] = rollouts.rewards[rollouts.local]
+        self._relog(rollouts)
+        return output
+
+    def _collect(self, output, prompt_index, group_ids, training) -> Rollouts:
+        device, captured = self.accelerator.device, self._captured
+        n = len(captured["completions"])
+        start = self.accelerator.process_index * n
+        mask = output["completion_mask"]
+        if "tool_mask" in output:
+            mask = mask * output["tool_mask"]
+        wanted = self._forward_once(output)
+        lengths = torch.tensor(captured["lengths"], device=device)
+        if "tool_mask" in output:
+            lengths = mask.sum(1)
+        truncated = torch.tensor(captured["truncated"], device=device)
+        lengths, truncated = gather(torch.stack([lengths, truncated], dim=1)).unbind(1)
+        return Rollouts(
+            prompt_index=prompt_index.to(device),
+            group_ids=group_ids.to(device),
+            reward_matrix=captured["matrix"],
+            reward_weights=self.reward_weights.to(device),
+            lengths=lengths,
+            truncated=truncated.bool(),
+            local=slice(start, start + n),
+            prompt_ids=output["prompt_ids"],
+            prompt_mask=output["prompt_mask"],
+            completion_ids=output["completion_ids"],
+            completion_mask=output["completion_mask"],
+            mask=mask,
+            completions=captured["completions"],
+            training=training,
+            generation=self._generation,
+            step=self.state.global_step,
+            max_steps=self.state.max_steps,
+            ref_logps=output.get("ref_per_token_logps"),
+            **wanted,
+        )
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        matrix = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        infinite = matrix.isinf().any(dim=0)
+        if infinite.any():
+            name = self.reward_func_names[int(infinite.nonzero()[0])]
+            raise ValueError(
+                f"The reward function '{name}' returned an infinite reward, which would erase the advantages of its "
+                "whole group: return a finite number, or None for a completion that cannot be scored."
+            )
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        self._captured = {
+            "matrix": matrix,
+            "completions": completions,
+            "lengths": [len(ids) for ids in completion_ids_list],
+            "truncated": [int(ids[-1] not in ends) for ids in completion_ids_list],
+        }
+        return matrix
+
+    def _forward_once(self, output) -> dict:
+        """What `needs` asks for, from TRL's own pass if it made one, else from one extra pass."""
+        wanted = self._wanted - {"ref_logps"}
+        old = output.get("old_per_token_logps")
+        if not wanted:
+            return {"old_logps": old}
+        # Under PEFT the reference pass uses the same model; only the result tells the passes apart.
+        entropies = next((entropies for logps, entropies in self._forwards if logps is old), None)
+        if old is None:
+            names = ("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes")
+            names += ("num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids")
+            ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+            masks = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+            mode = "train" if self.model.training else "eval"
+            with torch.no_grad():
+                old, entropies, _ = super()._get_per_token_logps_and_entropies(
+                    self.model,
+                    ids,
+                    masks,
+                    output["completion_ids"].size(1),
+                    batch_size=getattr(self.args, f"per_device_{mode}_batch_size"),
+                    compute_entropy="entropies" in wanted,
+                    **{name: output[name] for name in names if name in output},
+                )
+        return {"old_logps": old, "entropies": entropies}
+
+    def _relog(self, rollouts: Rollouts) -> None:
+        """Make TRL's logs describe what is trained on."""
+        advantages = rollouts.advantages
+        if advantages.dim() == 2:
+            mask = rollouts.mask
+            advantages = gather((advantages * mask).sum(1) / mask.sum(1).clamp(min=1))
+        logged = self._logs["advantages"]
+        for _ in range(min(len(logged), len(advantages))):
+            logged.pop()
+        logged.extend(advantages.tolist())
+        values = self._metrics["train" if rollouts.training else "eval"]["frac_reward_zero_std"]
+        values.pop()
+        if len(rollouts.group_ids.unique()) < len(rollouts):  # with one rollout per prompt it says nothing
+            values.append(zero_signal(rollouts.raw_rewards, rollouts.group_ids).float().mean().item())
+
+    @contextlib.contextmanager
+    def _outside_a_step(self):
+        """Generate without leaving a trace in random states, metrics and logs."""
+        kept = [*self._metrics.values(), self._logs, self._logs["rewards"], self._logs["extra"]]
+        kept += [self._pending_extra_logs, self._pending_metrics]
+        contents = [{key: list(v) for key, v in store.items() if not isinstance(v, dict)} for store in kept]
+        sizes = self.num_generations, self.num_generations_eval
+        states = random.getstate(), np.random.get_state()
+        devices = [self.accelerator.device] if self.accelerator.device.type not in ("cpu", "mps") else []
+        self.num_generations = self.num_generations_eval = 1
+        self._scoring = True
+        try:
+            with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cuda"):
+                yield
+        finally:
+            self._scoring = False
+            self.num_generations, self.num_generations_eval = sizes
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            for store, content in zip(kept, contents, strict=True):
+                for key in [key for key, value in store.items() if not isinstance(value, dict)]:
+                    store[key].clear()
+                    store[key].extend(content.pop(key, ()))
+                    if not store[key] and store is not self._logs:
+                        del store[key]
+
+    # ------------------------------------------------------------------------------------------------- the loss
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        if self._scoring:  # only rewards are wanted
+            return torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device), None, None
+        recording = self._forwards is not None and model is not self.ref_model
+        if recording and "entropies" in self._wanted:
+            kwargs["compute_entropy"] = True
+        result = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+        if recording:
+            self._forwards.append(result[:2])
+        elif self._loss_inputs is not None:
+            self._open_loss(self._loss_inputs, *result[:2])
+        return result
+
+    def _compute_loss(self, model, inputs):
+        if not self._opens_loss:
+            return super()._compute_loss(model, inputs)
+        mode = "train" if self.model.training else "eval"
+        accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1.0
+        self._entropy_mask = None
+        self._loss_inputs = inputs = dict(inputs)  # the buffer's own dict is used again with `num_iterations` > 1
+        bounds = self.epsilon_low, self.epsilon_high
+        try:
+            total = super()._compute_loss(model, inputs)
+            tokens = self._tokens
+        finally:
+            self.epsilon_low, self.epsilon_high = bounds
+            self._loss_inputs = self._tokens = None
+        if self._own_surrogate:
+            policy_loss = self._pipeline(tokens, inputs)
+            total = total + policy_loss / accumulation
+            for name in ("low_mean", "high_mean", "region_mean", "low_min", "high_max"):
+                self._metrics[mode].pop(f"clip_ratio/{name}", None)  # of the surrogate that was silenced
+            if self._entropy_bonus_enabled:  # TRL logged its part, which lacks the surrogate
+                values = self._metrics[mode]["policy_loss"]
+                values[-1] += gather(policy_loss.detach()).nanmean().item()
+        for name, value in self.regularizers(tokens).items():
+            total = total + value / accumulation
+            self.log_token_metric(f"{name}_loss", value, torch.ones_like(value))
+        self._flush_token_metrics()
+        return total
+
+    def _open_loss(self, inputs, logps, entropies) -> None:
+        """Between TRL's forward and its loss: run the hooks and hand their answers to TRL."""
+        mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        advantages = inputs["advantages"]
+        if advantages.dim() == 1:
+            advantages = advantages.unsqueeze(1).expand_as(logps)
+        old = inputs.get("old_per_token_logps")
+        processes = self.accelerator.num_processes
+        tokens = TokenBatch(
+            logps=logps,
+            old_logps=logps.detach() if old is None else old,
+            ref_logps=inputs.get("ref_per_token_logps"),
+            sampling_logps=inputs.get("sampling_per_token_logps"),
+            entropies=entropies,
+            advantages=advantages,
+            mask=mask,
+            token_ids=inputs["completion_ids"],
+            group_ids=inputs["group_ids"],
+            prompt_index=inputs["prompt_index"],
+            rewards=inputs["rewards"],
+            num_items=inputs["num_items_in_batch"],
+            parts=processes * self.args.steps_per_generation if self.model.training else processes,
+            step=self.state.global_step,
+            micro_step=self._step,
+            training=self.model.training,
+        )
+        tokens = tokens.replace(log_ratio=self.log_ratio(tokens))
+        low, high = self.clip_range(tokens)
+        if isinstance(low, torch.Tensor) != isinstance(high, torch.Tensor) and low is not None:
+            low, high = (torch.as_tensor(b, device=logps.device).expand_as(logps) for b in (low, high))  # for clamp
+        tokens = tokens.replace(ratio_low=low, ratio_high=high)
+        self._tokens = tokens
+        if self._own_surrogate:
+            # TRL adds everything but the surrogate: KL, entropy bonus, auxiliary loss and their metrics. A zero
+            # advantage silences its surrogate, a ratio of 1 keeps 0 * inf out (its KL correction wants the true one).
+            inputs["advantages"] = torch.zeros_like(inputs["advantages"])
+            if not self.args.use_bias_correction_kl:
+                inputs["old_per_token_logps"] = logps.detach()
+            return
+        weights = self.token_weights(tokens)
+        if weights is not None:  # the surrogates are homogeneous in the advantage
+            inputs["advantages"] = advantages * weights
+        if self._overrides("clip_range"):
+            if self.loss_type == "cispo":
+                if low is not None:
+                    raise ValueError(f"`loss_type='cispo'` has no lower bound, which {type(self).__name__} sets.")
+                self.epsilon_high = high
+            else:
+                self.epsilon_low, self.epsilon_high = 1 - low, high - 1
+
+    def _pipeline(self, tokens: TokenBatch, inputs) -> torch.Tensor:
+        """The surrogate with everything that TRL multiplies into it, reduced to a scalar."""
+        per_token = self.policy_loss(tokens)
+        weights = self.token_weights(tokens)
+        if weights is not None:
+            per_token = per_token * weights
+        if self.off_policy_mask_threshold is not None:
+            sampling = inputs.get("sampling_per_token_logps", tokens.old_logps)
+            per_token = per_token * self.get_off_policy_mask(
+                tokens.advantages, tokens.logps, sampling, tokens.mask, self.off_policy_mask_threshold
+            )
+        if self._entropy_mask is not None:
+            per_token = per_token * self._entropy_mask
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            per_token = per_token * inputs["importance_sampling_ratio"]
+        return self.aggregate_loss(per_token, tokens)
+
+    def get_high_entropy_mask(self, entropies, mask, threshold):
+        self._entropy_mask = super().get_high_entropy_mask(entropies, mask, threshold)
+        return self._entropy_mask
+
+    def _flush_token_metrics(self) -> None:
+        if not self._token_metrics:
+            return
+        sums = torch.stack([part for pair in self._token_metrics.values() for part in pair])
+        sums = self.accelerator.reduce(sums, reduction="sum").view(-1, 2).tolist()
+        for name, (numerator, denominator) in zip(self._token_metrics, sums, strict=True):
+            self.log_metric(name, numerator / denominator if denominator else torch.nan)
+        self._token_metrics = {}
+
+    # ----------------------------------------------------------------------------------------------- checkpoints
+
+    @property
+    def _inside_generation(self) -> bool:
+        return self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+
+    def _fingerprint(self) -> str:
+        """Identity of the prompts in their order: per-prompt state is keyed by row."""
+        if not self._indexed:
+            return ""
+        digest = hashlib.sha256()
+        for prompt in self.train_dataset["prompt"]:
+            digest.update(repr(prompt).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if not self.args.save_only_model:
+            folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
+            self.save_state_of_method(folder)
+
+    def save_state_of_method(self, folder: str) -> None:
+        """
+        Write everything that TRL does not save of a run: the methods' state, counters, and, inside a generation, its
+        buffered rollouts. Every process must call it.
+
+        Args:
+            folder (`str`):
+                An existing directory.
+        """
+        shared = {
+            "format": 1,
+            "trainer": type(self).__name__,
+            "processes": self.accelerator.num_processes,
+            "micro_step": self._step,
+            "generation": self._generation,
+            "rollouts_spent": self._rollouts_spent,
+            "score_calls": self._score_calls,
+            "prompts": self._fingerprint(),
+            "methods": self.method_state(),
+        }
+        local = {"methods": self.local_state()}
+        if self._inside_generation:
+            local["buffer"] = self._buffered_inputs
+        state.save(folder, shared, local, self.accelerator)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        shared, shares = state.load(checkpoint, self.accelerator)
+        if shared["trainer"] != type(self).__name__:
+            raise ValueError(
+                f"{checkpoint} was written by {shared['trainer']} and cannot be resumed by {type(self).__name__}: use "
+                "the same methods, or start anew from its weights."
+            )
+        if shared["prompts"] != self._fingerprint():
+            raise ValueError(
+                f"`train_dataset` differs from the one that {checkpoint} was trained on (other prompts or another "
+                "order), so the state of its prompts would be mixed up: pass the same data set."
+            )
+        self._step, self._generation = shared["micro_step"], shared["generation"]
+        self._rollouts_spent, self._score_calls = shared["rollouts_spent"], shared["score_calls"]
+        self._prepared = self._generation > 0
+        if self._inside_generation:
+            if shared["processes"] != self.accelerator.num_processes:
+                raise ValueError(
+                    f"{checkpoint} was saved inside a generation by {shared['processes']} processes, whose buffered "
+                    f"rollouts cannot be dealt to {self.accelerator.num_processes}: resume with as many, or from a "
+                    "checkpoint at a generation's end."
+                )
+            self._buffered_inputs = state.to_device(shares[0]["buffer"], self.accelerator.device)
+        self.load_method_state(shared["methods"])
+        for share in shares:
+            self.load_local_state(share["methods"])
+
+    # ------------------------------------------------------------------------------------------------ model card
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        if self.is_world_process_zero():
+            card.add_methods(self)
+
+
+def strictly_on_policy(args) -> bool:
+    """Whether there is at most one optimizer step per generation, so that old and current policy are the same."""
+    return args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0
+
+
+def set_local_seed(generator: torch.Generator) -> None:
+    seed = int(torch.randint(2**31, (), generator=generator))
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
