@@ -76,6 +76,7 @@ def aggregate(
     mask: torch.Tensor,
     loss_type: str,
     items: "torch.Tensor | float",
+    rows: float,
     max_completion_length: int,
 ) -> torch.Tensor:
     """
@@ -89,7 +90,9 @@ def aggregate(
         loss_type (`str`):
             TRL's `loss_type`.
         items (`torch.Tensor` or `float`):
-            Tokens of an average micro-batch of the generation batch (the divisor of `dapo`, `cispo` and `vespo`).
+            Tokens of an average micro-batch of the generation (the divisor of `dapo`, `cispo` and `vespo`).
+        rows (`float`):
+            Rollouts of an average micro-batch (the divisor of `grpo`, `sapo`, `dr_grpo` and `luspo`).
         max_completion_length (`int`):
             The divisor of `dr_grpo`.
 
@@ -101,13 +104,13 @@ def aggregate(
     """
     masked = per_token_loss * mask
     if loss_type in ("grpo", "sapo"):
-        return (masked.sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+        return (masked.sum(-1) / mask.sum(-1).clamp(min=1.0)).sum() / rows
     if loss_type == "bnpo":
         return masked.sum() / mask.sum().clamp(min=1.0)
     if loss_type == "dr_grpo":
-        return masked.sum() / (mask.size(0) * max_completion_length)
+        return masked.sum() / (rows * max_completion_length)
     if loss_type in ("dapo", "cispo", "vespo"):
         return masked.sum() / items
     if loss_type == "luspo":
-        return masked.sum(-1).mean()
+        return masked.sum() / rows
     raise ValueError(f"Unknown `loss_type` {loss_type!r}.")

@@ -10,14 +10,17 @@ from typing import NamedTuple
 from .config import MixingError
 
 
-# Hooks that one method may answer alone (it lists them in `replaces`) while others refine the answer through `super()`.
+# Hooks that one method may answer alone (it lists them in `replaces`) while others refine its answer by `super()`.
 ANSWERS = (
     "choose_prompts",
     "prompt_weights",
     "prompt_budgets",
+    "more_rollouts",
+    "pick_rollouts",
     "shape_rewards",
     "compute_advantages",
     "select_rollouts",
+    "token_mask",
     "log_ratio",
     "clip_range",
     "policy_loss",

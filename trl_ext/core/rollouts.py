@@ -8,13 +8,10 @@ from trl.trainer.utils import nanstd
 
 
 @dataclass(frozen=True)
-class Rollouts:
+class Scored:
     """
-    The scored rollouts of one generation.
-
-    Quantities per rollout are GLOBAL, of shape `(N, ...)` and equal on every process, so a state that is updated from
-    them agrees everywhere without messages. Quantities per token are LOCAL, of shape `(n, T)`: gathering them could
-    cost hundreds of megabytes. The rows of this process are `local`.
+    What is known of generated and scored rollouts: GLOBAL quantities, equal on every process, so a state that is
+    updated from them agrees everywhere without messages.
 
     Attributes:
         prompt_index (`torch.Tensor`):
@@ -30,6 +27,80 @@ class Rollouts:
             Tokens written by the model, shape `(N,)`.
         truncated (`torch.Tensor`):
             Whether the rollout ended without an end-of-sequence token, boolean, shape `(N,)`.
+        changed_prompt (`torch.Tensor`):
+            Whether the rollout answers another prompt than the data set's (a hint was added), boolean, shape `(N,)`.
+    """
+
+    prompt_index: torch.Tensor
+    group_ids: torch.Tensor
+    reward_matrix: torch.Tensor
+    reward_weights: torch.Tensor
+    lengths: torch.Tensor
+    truncated: torch.Tensor
+    changed_prompt: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.group_ids)
+
+    def replace(self, **changes):
+        """A copy with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def scored(self) -> torch.Tensor:
+        """Rollouts that at least one reward function scored, boolean, shape `(N,)`."""
+        return ~self.reward_matrix.isnan().all(dim=1)
+
+    @property
+    def raw_rewards(self) -> torch.Tensor:
+        """Weighted sum of the reward functions before shaping, shape `(N,)`; NaN where nothing was scored."""
+        return weighted_sum(self.reward_matrix, self.reward_weights)
+
+    def take(self, rows: torch.Tensor) -> "Scored":
+        """Some of the rollouts, in the given order."""
+        parts = {name: getattr(self, name)[rows] for name in PER_ROLLOUT}
+        return Scored(reward_weights=self.reward_weights, **parts)
+
+    def join(self, other: "Scored") -> "Scored":
+        """These rollouts followed by others."""
+        parts = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in PER_ROLLOUT}
+        return Scored(reward_weights=self.reward_weights, **parts)
+
+
+PER_ROLLOUT = tuple(field.name for field in dataclasses.fields(Scored) if field.name != "reward_weights")
+
+
+@dataclass(frozen=True)
+class Requests:
+    """
+    Rollouts that `more_rollouts` asks for, the same on every process.
+
+    Attributes:
+        prompt_index (`torch.Tensor`):
+            Rows of the training set, shape `(R,)`; one rollout each.
+        group_ids (`torch.Tensor`):
+            The group that each rollout will belong to, shape `(R,)`.
+        prompts (`list`, *optional*):
+            Prompts to use in place of the data set's (reward functions still see the original), one per rollout.
+    """
+
+    prompt_index: torch.Tensor
+    group_ids: torch.Tensor
+    prompts: list | None = None
+
+
+@dataclass(frozen=True)
+class Rollouts(Scored):
+    """
+    The scored rollouts of one generation that are to be trained on.
+
+    The attributes of [`Scored`] are GLOBAL. Quantities per token are LOCAL, of shape `(n, T)`: gathering them could
+    cost hundreds of megabytes. The rows of this process are `local`.
+
+    Attributes:
+        everything ([`Scored`]):
+            All rollouts scored in this generation, also those that extra rounds generated and that are not trained
+            on; without extra rounds the same as this.
         local (`slice`):
             This process's rows of the global tensors.
         prompt_ids (`torch.Tensor`), prompt_mask (`torch.Tensor`):
@@ -48,21 +119,18 @@ class Rollouts:
             Number of training generations before this one.
         step (`int`), max_steps (`int`):
             Optimizer steps done, and planned.
-        old_logps (`torch.Tensor`, *optional*), entropies (`torch.Tensor`, *optional*), ref_logps (`torch.Tensor`, *optional*):
+        old_logps, entropies, ref_logps (`torch.Tensor`, *optional*):
             Of the acting policy (log-probabilities, full-vocabulary entropies in nats) and of the reference model at
             the local tokens, shape `(n, T)`; present if TRL computes them or a method `needs` them.
         shaped (`torch.Tensor`, *optional*):
             Result of `shape_rewards`, `(N, K)` or `(N,)`; set when that hook has run.
         advantages (`torch.Tensor`, *optional*):
             Result of `compute_advantages`, global `(N,)` or local per token `(n, T)`; set when that hook has run.
+        selected (`torch.Tensor`, *optional*):
+            Result of `select_rollouts`, boolean, shape `(N,)`; set when that hook has run.
     """
 
-    prompt_index: torch.Tensor
-    group_ids: torch.Tensor
-    reward_matrix: torch.Tensor
-    reward_weights: torch.Tensor
-    lengths: torch.Tensor
-    truncated: torch.Tensor
+    everything: Scored
     local: slice
     prompt_ids: torch.Tensor
     prompt_mask: torch.Tensor
@@ -79,23 +147,7 @@ class Rollouts:
     ref_logps: torch.Tensor | None = None
     shaped: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.group_ids)
-
-    def replace(self, **changes) -> "Rollouts":
-        """A copy with some attributes changed."""
-        return dataclasses.replace(self, **changes)
-
-    @property
-    def scored(self) -> torch.Tensor:
-        """Rollouts that at least one reward function scored, boolean, shape `(N,)`."""
-        return ~self.reward_matrix.isnan().all(dim=1)
-
-    @property
-    def raw_rewards(self) -> torch.Tensor:
-        """Weighted sum of the reward functions before shaping, shape `(N,)`; NaN where nothing was scored."""
-        return weighted_sum(self.reward_matrix, self.reward_weights)
+    selected: torch.Tensor | None = None
 
     @property
     def rewards(self) -> torch.Tensor:
@@ -130,10 +182,12 @@ class TokenBatch:
             The tokens, shape `(B, T)`.
         group_ids (`torch.Tensor`), prompt_index (`torch.Tensor`), rewards (`torch.Tensor`):
             As in [`Rollouts`], of these rows, shape `(B,)`.
-        num_items (`torch.Tensor`):
-            Tokens that enter the loss in the whole generation batch over all processes, scalar.
-        parts (`int`):
-            Micro-batches that share `num_items`: those of all processes in a generation (one per process in evaluation).
+        items (`torch.Tensor`):
+            Tokens of an average micro-batch of this generation over all processes, scalar: what a sum over tokens is
+            divided by, so that the update does not depend on how the batch is split.
+        rows (`float`):
+            Rollouts of an average micro-batch: what a sum over rollouts is divided by. Below B where rollouts were
+            dropped, since rows without tokens then fill up some micro-batches.
         step (`int`), micro_step (`int`):
             Optimizer steps done, and micro-batches done since the start of training.
         training (`bool`):
@@ -153,8 +207,8 @@ class TokenBatch:
     group_ids: torch.Tensor
     prompt_index: torch.Tensor
     rewards: torch.Tensor
-    num_items: torch.Tensor
-    parts: int
+    items: torch.Tensor
+    rows: float
     step: int
     micro_step: int
     training: bool

@@ -19,22 +19,31 @@ This is the only file that relies on TRL's private members. `tests/core/test_con
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import random
 import warnings
 
 import numpy as np
 import torch
-from accelerate.utils import gather
+from accelerate.utils import gather, gather_object
 from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import pad
+from trl.trainer.utils import pad, split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from . import card, loss, mixing, state
 from .config import MethodConfig
 from .prompts import ShuffledOrder, draw_rows, make_generator
-from .rollouts import Rollouts, TokenBatch, group_advantages, normalized_sum_advantages, zero_signal
+from .rollouts import (
+    Requests,
+    Rollouts,
+    Scored,
+    TokenBatch,
+    group_advantages,
+    normalized_sum_advantages,
+    zero_signal,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -107,6 +116,7 @@ class MethodTrainer(GRPOTrainer):
         self._prepared = False
         self._scoring = False
         self._captured = None
+        self._cached = self._generated = self._original_prompts = None
         self._forwards = None
         self._loss_inputs = None
         self._entropy_mask = None
@@ -138,7 +148,7 @@ class MethodTrainer(GRPOTrainer):
                 "to at least 2, or mix in a method with a baseline of its own, such as SPO."
             )
         if isinstance(train_dataset, IterableDataset):
-            by_index = ("choose_prompts", "prompt_weights", "prompt_budgets", "observe", "prepare")
+            by_index = ("more_rollouts", "choose_prompts", "prompt_weights", "prompt_budgets", "observe", "prepare")
             if used := [hook for hook in by_index if self._overrides(hook)]:
                 raise ValueError(
                     f"`train_dataset` is an IterableDataset, but {cls.__name__} overrides `{used[0]}`, which needs rows "
@@ -172,6 +182,12 @@ class MethodTrainer(GRPOTrainer):
                 f"{cls.__name__} compares the rollouts of a prompt inside a micro-batch: `per_device_train_batch_size` "
                 f"({args.per_device_train_batch_size}) must be a multiple of `num_generations` "
                 f"({args.num_generations})."
+            )
+        if self._overrides("token_mask") and (args.beta or args.entropy_coef or args.use_adaptive_entropy):
+            raise ValueError(
+                f"{cls.__name__} masks tokens, which would mask them in the KL term and the entropy bonus too: set "
+                f"`beta` (now {args.beta}), `entropy_coef` (now {args.entropy_coef}) and `use_adaptive_entropy` (now "
+                f"{args.use_adaptive_entropy}) to 0 and False."
             )
         if strictly_on_policy(args):
             for base in mixing.methods_of(cls):
@@ -235,6 +251,36 @@ class MethodTrainer(GRPOTrainer):
         """
         return torch.full((len(rows),), self.num_generations)
 
+    def more_rollouts(self, scored: Scored, rounds: int) -> Requests | None:
+        """
+        Ask for another round of rollouts, given everything that was scored so far.
+
+        Args:
+            scored ([`Scored`]):
+                All rollouts of this generation so far, in the order in which they were asked for; the first
+                `generation_batch_size` are the ordinary ones.
+            rounds (`int`):
+                Rounds done, the first included.
+
+        Returns:
+            [`Requests`] or `None`: what to generate next, or None to stop. Must be the same on every process, hence
+            decided from `scored` and replicated state.
+        """
+        return None
+
+    def pick_rollouts(self, scored: Scored) -> torch.Tensor:
+        """
+        Pick the rollouts to train on from everything that was scored; they keep their group ids.
+
+        Args:
+            scored ([`Scored`]):
+                All rollouts of this generation.
+
+        Returns:
+            `torch.Tensor`: Positions in `scored`, shape `(N,)` with N = `generation_batch_size`.
+        """
+        return torch.arange(self.args.generation_batch_size)
+
     def shape_rewards(self, rollouts: Rollouts) -> torch.Tensor:
         """
         Change the rewards before advantages are computed.
@@ -269,10 +315,37 @@ class MethodTrainer(GRPOTrainer):
             return normalized_sum_advantages(shaped, rollouts.reward_weights, rollouts.group_ids)
         return group_advantages(rollouts.rewards, rollouts.group_ids, self.scale_rewards)
 
+    def select_rollouts(self, rollouts: Rollouts) -> torch.Tensor:
+        """
+        Choose the rollouts that are trained on; the others leave the batch and cost no forward or backward pass.
+
+        Args:
+            rollouts ([`Rollouts`]):
+                The scored generation with its advantages.
+
+        Returns:
+            `torch.Tensor`: Boolean, shape `(N,)`, the same on every process.
+        """
+        return torch.ones(len(rollouts), dtype=torch.bool, device=rollouts.group_ids.device)
+
+    def token_mask(self, rollouts: Rollouts) -> torch.Tensor | None:
+        """
+        Choose the tokens that are trained on. Unlike tokens of weight 0 the others leave the normaliser too, and a
+        rollout that loses all its tokens leaves the batch.
+
+        Args:
+            rollouts ([`Rollouts`]):
+                The scored generation with its advantages and selection.
+
+        Returns:
+            `torch.Tensor`: 1 to keep a token, local, shape `(n, T)`; None keeps all.
+        """
+        return None
+
     def observe(self, rollouts: Rollouts) -> None:
         """
-        Learn from everything that was scored in a training generation: update the method's state. Add through
-        `super()`.
+        Learn from what was scored in a training generation (`rollouts.everything`): update the method's state. Add
+        through `super()`.
 
         Args:
             rollouts ([`Rollouts`]):
@@ -325,8 +398,8 @@ class MethodTrainer(GRPOTrainer):
         Returns:
             `torch.Tensor`: Scalar.
         """
-        items = tokens.num_items.clamp(min=1.0) / tokens.parts
-        return loss.aggregate(per_token_loss, tokens.mask, self.loss_type, items, self.max_completion_length)
+        length = self.max_completion_length
+        return loss.aggregate(per_token_loss, tokens.mask, self.loss_type, tokens.items, tokens.rows, length)
 
     def regularizers(self, tokens: TokenBatch) -> dict[str, torch.Tensor]:
         """
@@ -427,17 +500,18 @@ class MethodTrainer(GRPOTrainer):
         examples = torch.cat([examples, examples[:1].expand(padding)])
         results = []
         self._score_calls += 1
-        with self._outside_a_step():
-            set_local_seed(
-                make_generator(self.args.seed, "score_prompts", self._score_calls, self.accelerator.process_index)
-            )
+        process = self.accelerator.process_index
+        with (
+            self._no_trace(),
+            local_seed(
+                make_generator(self.args.seed, "score_prompts", self._score_calls, process), self.accelerator.device
+            ),
+        ):
             chunks = examples.split(share * processes)
             hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
             for chunk in tqdm(chunks, desc="Scoring prompts", leave=False, disable=hidden):
-                local = chunk[self.accelerator.process_index * share :][:share]
-                super()._generate_and_score_completions(self._examples(local))
+                self._score_only(self._examples(chunk[process * share :][:share]), num_generations=1)
                 results.append(self._captured["matrix"])
-        self._rollouts_spent += count + padding
         return torch.cat(results)[:count].view(len(rows), n, -1)
 
     def sequence_logps(self, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:
@@ -516,7 +590,10 @@ class MethodTrainer(GRPOTrainer):
         return rows.repeat_interleave(budgets), torch.arange(n).repeat_interleave(budgets)
 
     def _generate_and_score_completions(self, inputs):
-        training = self.model.training
+        training, everything = self.model.training, None
+        groups_of = self.num_generations if training else self.num_generations_eval
+        group_ids = torch.arange(len(inputs) * self.accelerator.num_processes) // groups_of
+        prompt_index = torch.full_like(group_ids, -1)
         if training:
             if not self._prepared:
                 self.prepare()
@@ -524,33 +601,157 @@ class MethodTrainer(GRPOTrainer):
             if self._indexed:
                 prompt_index, group_ids = self._plan()
                 start = self.accelerator.process_index * len(inputs)
+                if self._overrides("more_rollouts"):
+                    everything, rows = self._run_rounds(prompt_index, group_ids)
+                    prompt_index, group_ids = everything.prompt_index[rows].cpu(), everything.group_ids[rows]
                 inputs = self._examples(prompt_index[start : start + len(inputs)])
-            else:
-                group_ids = torch.arange(self.args.generation_batch_size) // self.num_generations
-                prompt_index = torch.full_like(group_ids, -1)
-        else:
-            group_ids = torch.arange(len(inputs) * self.accelerator.num_processes) // self.num_generations_eval
-            prompt_index = torch.full_like(group_ids, -1)
         self._forwards = []
         try:
             output = super()._generate_and_score_completions(inputs)
             rollouts = self._collect(output, prompt_index, group_ids, training)
         finally:
-            self._forwards = None
+            self._forwards = self._cached = None
+        if everything is not None:
+            rollouts = rollouts.replace(everything=everything)
+        else:
+            self._rollouts_spent += len(rollouts) if training else 0
         rollouts = rollouts.replace(shaped=self.shape_rewards(rollouts))
         advantages = self.compute_advantages(rollouts)
         rollouts = rollouts.replace(advantages=advantages)
-        if training:
-            self.observe(rollouts)
-            self._generation += 1
-            self._rollouts_spent += len(rollouts)
-            self._metrics["train"]["num_rollouts"] = [self._rollouts_spent]
         output["advantages"] = advantages[rollouts.local] if advantages.dim() == 1 else advantages
         output["group_ids"] = rollouts.group_ids[rollouts.local]
         output["prompt_index"] = rollouts.prompt_index[rollouts.local]
         output["rewards"] = rollouts.rewards[rollouts.local]
+        if training:
+            self.observe(rollouts)
+            self._generation += 1
+            self._metrics["train"]["num_rollouts"] = [self._rollouts_spent]
+            self._select(rollouts, output)
         self._relog(rollouts)
         return output
+
+    def _score_only(self, examples: list[dict], num_generations: int) -> None:
+        """Generate and score this process's rows; the results are in `_captured` and `_generated`."""
+        sizes = self.num_generations, self.num_generations_eval
+        self.num_generations = self.num_generations_eval = num_generations
+        self._scoring = True
+        try:
+            super()._generate_and_score_completions(examples)
+        finally:
+            self._scoring = False
+            self.num_generations, self.num_generations_eval = sizes
+        self._rollouts_spent += len(examples) * self.accelerator.num_processes
+
+    def _run_rounds(self, prompt_index, group_ids) -> tuple[Scored, torch.Tensor]:
+        """All rollouts of this generation, and the rows to train on, which TRL will take as if it had made them."""
+        scored, records = self._round(Requests(prompt_index, group_ids), self.num_generations)
+        rounds = 1
+        while (requests := self.more_rollouts(scored, rounds)) is not None:
+            more, new = self._round(requests, 1)
+            records |= {position + len(scored): record for position, record in new.items()}
+            scored, rounds = scored.join(more), rounds + 1
+        rows = torch.as_tensor(self.pick_rollouts(scored)).cpu()
+        size = self.args.generation_batch_size
+        if rows.shape != (size,) or rows.min() < 0 or rows.max() >= len(scored):
+            raise ValueError(
+                f"{type(self).__name__}.pick_rollouts must return {size} positions below {len(scored)}, got a tensor "
+                f"of shape {tuple(rows.shape)} from {rows.min().item()} to {rows.max().item()}."
+            )
+        processes, process = self.accelerator.num_processes, self.accelerator.process_index
+        owner = torch.arange(size) // (size // processes)
+        # Only what must change its process travels.
+        moving = {i: records[row] for i, row in enumerate(rows.tolist()) if row in records and owner[i] != process}
+        moved = {i: record for part in gather_object([moving]) for i, record in part.items()}
+        mine = [
+            records[row] if row in records else moved[i] for i, row in enumerate(rows.tolist()) if owner[i] == process
+        ]
+        prompt_ids, completion_ids, tool_mask, completions, logprobs, extra = zip(*mine, strict=True)
+        self._cached = {
+            "generated": (
+                list(prompt_ids),
+                list(completion_ids),
+                None if tool_mask[0] is None else list(tool_mask),
+                list(completions),
+                None if logprobs[0] is None else list(logprobs),
+                {key: [fields[key] for fields in extra] for key in extra[0]},
+                None,
+                [],
+            ),
+            "matrix": scored.reward_matrix[rows.to(scored.reward_matrix.device)],
+            "changed": scored.changed_prompt[rows.to(scored.reward_matrix.device)],
+        }
+        return scored, rows
+
+    def _round(self, requests: Requests, num_generations: int) -> tuple[Scored, dict[int, tuple]]:
+        """Generate and score requests, dealt evenly; returns all of them and the records that this process holds."""
+        device, processes = self.accelerator.device, self.accelerator.num_processes
+        count = len(requests.prompt_index)
+        share = -(-count // processes)
+        start = self.accelerator.process_index * share
+        positions = [position if position < count else 0 for position in range(start, start + share)]
+        examples = self._examples(requests.prompt_index.cpu()[positions])
+        if requests.prompts is not None:
+            self._original_prompts = [example["prompt"] for example in examples]
+            for example, position in zip(examples, positions, strict=True):
+                example["prompt"] = requests.prompts[position]
+        logs = self._contents(self._logs_stores)
+        self._score_only(examples, num_generations)
+        self._original_prompts = None
+        self._restore(self._logs_stores, logs)
+        again = ["reward", "reward_std", "frac_reward_zero_std"]
+        again += [f"rewards/{name}/{part}" for name in self.reward_func_names for part in ("mean", "std")]
+        for name in [*again, *(key for key in self._metrics["train"] if key.startswith("sampling/"))]:
+            self._metrics["train"][name].pop()  # TRL logs them for the rollouts that are picked
+        prompt_ids, completion_ids, tool_mask, completions, logprobs, extra, *_ = self._generated
+        records = {
+            start + i: (
+                prompt_ids[i],
+                completion_ids[i],
+                None if tool_mask is None else tool_mask[i],
+                completions[i],
+                None if logprobs is None else logprobs[i],
+                {key: values[i] if isinstance(values, list) else values for key, values in extra.items()},
+            )
+            for i in range(share)
+            if start + i < count
+        }
+        lengths, truncated = self._facts()
+        scored = Scored(
+            prompt_index=requests.prompt_index.to(device),
+            group_ids=requests.group_ids.to(device),
+            reward_matrix=self._captured["matrix"][:count],
+            reward_weights=self.reward_weights.to(device),
+            lengths=lengths[:count],
+            truncated=truncated[:count],
+            changed_prompt=torch.full((count,), requests.prompts is not None, device=device),
+        )
+        return scored, records
+
+    def _facts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lengths and truncation of what was scored last, `(N,)` each."""
+        facts = torch.tensor(self._captured["facts"], device=self.accelerator.device)
+        lengths, truncated = gather(facts).unbind(1)
+        return lengths, truncated.bool()
+
+    def _select(self, rollouts: Rollouts, output) -> None:
+        """Mark which rows and tokens are trained on; `_rearrange` then drops the others."""
+        if not self._overrides("select_rollouts", "token_mask"):
+            return
+        selected = self.select_rollouts(rollouts).to(rollouts.group_ids.device)
+        if selected.shape != (len(rollouts),) or selected.dtype != torch.bool:
+            raise ValueError(
+                f"{type(self).__name__}.select_rollouts must return a boolean tensor of shape ({len(rollouts)},), got "
+                f"{selected.dtype} of shape {tuple(selected.shape)}."
+            )
+        rollouts = rollouts.replace(selected=selected)
+        tokens = self.token_mask(rollouts)
+        kept = selected[rollouts.local]
+        if tokens is not None:
+            tool_mask = output.get("tool_mask", torch.ones_like(output["completion_mask"]))
+            output["tool_mask"] = tool_mask * tokens.to(tool_mask.dtype)
+            kept = kept & (output["completion_mask"] * output["tool_mask"]).any(dim=1)
+        output["kept"] = kept
+        self.log_metric("kept_rollouts", gather(kept.float()).mean())
 
     def _collect(self, output, prompt_index, group_ids, training) -> Rollouts:
         device, captured = self.accelerator.device, self._captured
@@ -560,18 +761,20 @@ class MethodTrainer(GRPOTrainer):
         if "tool_mask" in output:
             mask = mask * output["tool_mask"]
         wanted = self._forward_once(output)
-        lengths = torch.tensor(captured["lengths"], device=device)
-        if "tool_mask" in output:
-            lengths = mask.sum(1)
-        truncated = torch.tensor(captured["truncated"], device=device)
-        lengths, truncated = gather(torch.stack([lengths, truncated], dim=1)).unbind(1)
-        return Rollouts(
+        lengths, truncated = self._facts()
+        changed = self._cached is not None and "changed" in self._cached
+        everything = Scored(
             prompt_index=prompt_index.to(device),
             group_ids=group_ids.to(device),
             reward_matrix=captured["matrix"],
             reward_weights=self.reward_weights.to(device),
             lengths=lengths,
-            truncated=truncated.bool(),
+            truncated=truncated,
+            changed_prompt=self._cached["changed"] if changed else torch.zeros_like(truncated),
+        )
+        return Rollouts(
+            **vars(everything),
+            everything=everything,
             local=slice(start, start + n),
             prompt_ids=output["prompt_ids"],
             prompt_mask=output["prompt_mask"],
@@ -587,8 +790,24 @@ class MethodTrainer(GRPOTrainer):
             **wanted,
         )
 
+    def _generate(self, prompts):
+        if self._cached is not None:
+            return self._cached["generated"]
+        self._generated = super()._generate(prompts)
+        return self._generated
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
+        # A vLLM server is asked for `num_generations` answers to every so-manieth prompt, which holds for equal groups.
+        if self.model.training and self._overrides("prompt_budgets"):
+            num_generations = 1
+        return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs)
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        matrix = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self._cached is not None:
+            matrix = self._cached["matrix"]
+        else:
+            prompts = prompts if self._original_prompts is None else self._original_prompts
+            matrix = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         infinite = matrix.isinf().any(dim=0)
         if infinite.any():
             name = self.reward_func_names[int(infinite.nonzero()[0])]
@@ -597,11 +816,12 @@ class MethodTrainer(GRPOTrainer):
                 "whole group: return a finite number, or None for a completion that cannot be scored."
             )
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        tool_mask = (self._cached["generated"] if self._cached is not None else self._generated)[2]
+        lengths = [len(ids) for ids in completion_ids_list] if tool_mask is None else [sum(mask) for mask in tool_mask]
         self._captured = {
             "matrix": matrix,
             "completions": completions,
-            "lengths": [len(ids) for ids in completion_ids_list],
-            "truncated": [int(ids[-1] not in ends) for ids in completion_ids_list],
+            "facts": [[length, ids[-1] not in ends] for length, ids in zip(lengths, completion_ids_list, strict=True)],
         }
         return matrix
 
@@ -646,31 +866,72 @@ class MethodTrainer(GRPOTrainer):
         if len(rollouts.group_ids.unique()) < len(rollouts):  # with one rollout per prompt it says nothing
             values.append(zero_signal(rollouts.raw_rewards, rollouts.group_ids).float().mean().item())
 
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training or self._buffered_inputs is before:
+            return inputs
+        if self.whole_groups or "kept" in self._buffered_inputs[0]:
+            self._buffered_inputs = self._rearrange(self._buffered_inputs)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _rearrange(self, batches: list[dict]) -> list[dict]:
+        """
+        Cut the generation anew: only kept rows, whole groups together if asked for. Every micro-batch of every process
+        gets the same number of rows, because TRL gathers per row inside its loss; missing ones are filled up with rows
+        whose tokens are all masked.
+        """
+        merged = merge_rows(batches)
+        kept = merged.pop("kept", torch.ones_like(merged["group_ids"], dtype=torch.bool))
+        units: dict[int, list[int]] = {}  # rows that must stay together, in TRL's shuffled order
+        for row in kept.nonzero().squeeze(1).tolist():
+            units.setdefault(int(merged["group_ids"][row]) if self.whole_groups else row, []).append(row)
+        units, parts = list(units.values()), len(batches)
+        cuts = [len(units) * i // parts for i in range(parts + 1)]
+        chosen = [sum(units[a:b], []) for a, b in itertools.pairwise(cuts)]
+        device, processes = kept.device, self.accelerator.num_processes
+        sizes = gather(torch.tensor([max(map(len, chosen)), sum(map(len, chosen))], device=device)).view(-1, 2)
+        size, total = max(1, int(sizes[:, 0].max())), int(sizes[:, 1].sum())
+        if "tool_mask" not in merged and total < len(kept) * processes:
+            merged["tool_mask"] = torch.ones_like(merged["completion_mask"])
+        batches = []
+        for rows in chosen:
+            batch = take_rows(merged, rows + [0] * (size - len(rows)))
+            for name in ("tool_mask", "advantages") if len(rows) < size else ():
+                batch[name][len(rows) :] = 0
+            batches.append(trim(batch))
+        items = sum((masked(batch).sum() for batch in batches), torch.zeros((), device=device, dtype=torch.long))
+        items = gather(items.view(1)).sum()
+        rows = torch.tensor(total / (parts * processes), device=device)
+        return [{**batch, "num_items_in_batch": items, "rows": rows} for batch in batches]
+
+    @property
+    def _logs_stores(self) -> list[dict]:
+        return [self._logs, self._logs["rewards"], self._logs["extra"]]
+
+    @staticmethod
+    def _contents(stores: list[dict]) -> list[dict]:
+        return [{key: list(part) for key, part in s.items() if not isinstance(part, dict)} for s in stores]
+
+    @staticmethod
+    def _restore(stores: list[dict], contents: list[dict]) -> None:
+        # In place: TRL's stores make missing entries, of a bounded length, by themselves.
+        for store, content in zip(stores, contents, strict=True):
+            for key in [key for key, part in store.items() if not isinstance(part, dict)]:
+                store[key].clear()
+                store[key].extend(content.get(key, ()))
+                if key not in content:
+                    del store[key]
+
     @contextlib.contextmanager
-    def _outside_a_step(self):
-        """Generate without leaving a trace in random states, metrics and logs."""
-        kept = [*self._metrics.values(), self._logs, self._logs["rewards"], self._logs["extra"]]
-        kept += [self._pending_extra_logs, self._pending_metrics]
-        contents = [{key: list(v) for key, v in store.items() if not isinstance(v, dict)} for store in kept]
-        sizes = self.num_generations, self.num_generations_eval
-        states = random.getstate(), np.random.get_state()
-        devices = [self.accelerator.device] if self.accelerator.device.type not in ("cpu", "mps") else []
-        self.num_generations = self.num_generations_eval = 1
-        self._scoring = True
+    def _no_trace(self):
+        """Whatever happens inside leaves metrics and logs as they were."""
+        stores = [*self._logs_stores, *self._metrics.values(), self._pending_extra_logs, self._pending_metrics]
+        contents = self._contents(stores)
         try:
-            with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cuda"):
-                yield
+            yield
         finally:
-            self._scoring = False
-            self.num_generations, self.num_generations_eval = sizes
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            for store, content in zip(kept, contents, strict=True):
-                for key in [key for key, value in store.items() if not isinstance(value, dict)]:
-                    store[key].clear()
-                    store[key].extend(content.pop(key, ()))
-                    if not store[key] and store is not self._logs:
-                        del store[key]
+            self._restore(stores, contents)
 
     # ------------------------------------------------------------------------------------------------- the loss
 
@@ -690,18 +951,18 @@ class MethodTrainer(GRPOTrainer):
         return result
 
     def _compute_loss(self, model, inputs):
-        if not self._opens_loss:
+        if not self._opens_loss and "rows" not in inputs:
             return super()._compute_loss(model, inputs)
         mode = "train" if self.model.training else "eval"
         accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1.0
         self._entropy_mask = None
         self._loss_inputs = inputs = dict(inputs)  # the buffer's own dict is used again with `num_iterations` > 1
-        bounds = self.epsilon_low, self.epsilon_high
+        kept = self.epsilon_low, self.epsilon_high, self.beta
         try:
             total = super()._compute_loss(model, inputs)
             tokens = self._tokens
         finally:
-            self.epsilon_low, self.epsilon_high = bounds
+            self.epsilon_low, self.epsilon_high, self.beta = kept
             self._loss_inputs = self._tokens = None
         if self._own_surrogate:
             policy_loss = self._pipeline(tokens, inputs)
@@ -726,7 +987,8 @@ class MethodTrainer(GRPOTrainer):
         if advantages.dim() == 1:
             advantages = advantages.unsqueeze(1).expand_as(logps)
         old = inputs.get("old_per_token_logps")
-        processes = self.accelerator.num_processes
+        parts = self.accelerator.num_processes * (self.args.steps_per_generation if self.model.training else 1)
+        rows = inputs["rows"].item() if "rows" in inputs else len(logps)
         tokens = TokenBatch(
             logps=logps,
             old_logps=logps.detach() if old is None else old,
@@ -739,8 +1001,8 @@ class MethodTrainer(GRPOTrainer):
             group_ids=inputs["group_ids"],
             prompt_index=inputs["prompt_index"],
             rewards=inputs["rewards"],
-            num_items=inputs["num_items_in_batch"],
-            parts=processes * self.args.steps_per_generation if self.model.training else processes,
+            items=inputs["num_items_in_batch"].clamp(min=1.0) / parts,
+            rows=max(rows, 1e-9),
             step=self.state.global_step,
             micro_step=self._step,
             training=self.model.training,
@@ -751,6 +1013,9 @@ class MethodTrainer(GRPOTrainer):
             low, high = (torch.as_tensor(b, device=logps.device).expand_as(logps) for b in (low, high))  # for clamp
         tokens = tokens.replace(ratio_low=low, ratio_high=high)
         self._tokens = tokens
+        # TRL's means over rollouts count the rows that only fill up a micro-batch.
+        filled = len(logps) / tokens.rows if self.loss_type in ("grpo", "sapo", "dr_grpo", "luspo") else 1.0
+        self.beta *= filled
         if self._own_surrogate:
             # TRL adds everything but the surrogate: KL, entropy bonus, auxiliary loss and their metrics. A zero
             # advantage silences its surrogate, a ratio of 1 keeps 0 * inf out (its KL correction wants the true one).
@@ -759,8 +1024,8 @@ class MethodTrainer(GRPOTrainer):
                 inputs["old_per_token_logps"] = logps.detach()
             return
         weights = self.token_weights(tokens)
-        if weights is not None:  # the surrogates are homogeneous in the advantage
-            inputs["advantages"] = advantages * weights
+        if weights is not None or filled != 1.0:  # the surrogates are homogeneous in the advantage
+            inputs["advantages"] = advantages * (filled if weights is None else filled * weights)
         if self._overrides("clip_range"):
             if self.loss_type == "cispo":
                 if low is not None:
@@ -888,8 +1153,64 @@ def strictly_on_policy(args) -> bool:
     return args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0
 
 
-def set_local_seed(generator: torch.Generator) -> None:
-    seed = int(torch.randint(2**31, (), generator=generator))
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def masked(batch: dict) -> torch.Tensor:
+    """The mask of the tokens that enter the loss."""
+    return batch["completion_mask"] * batch["tool_mask"] if "tool_mask" in batch else batch["completion_mask"]
+
+
+def merge_rows(batches: list[dict]) -> dict:
+    """Join micro-batches into one batch; images become lists with one entry per row."""
+    batches = [split_pixel_values_by_grid(batch) for batch in batches]
+    merged = {}
+    for key, first in batches[0].items():
+        parts = [batch[key] for batch in batches]
+        if isinstance(first, list):
+            merged[key] = sum(parts, [])
+        else:
+            merged[key] = torch.cat(parts) if isinstance(first, torch.Tensor) and first.ndim > 0 else first
+    return merged
+
+
+def take_rows(batch: dict, rows: list[int]) -> dict:
+    """Some rows of a merged batch, as TRL's loss wants them."""
+    taken = {}
+    for key, value in batch.items():
+        if isinstance(value, list):
+            taken[key] = [value[row] for row in rows]
+        else:
+            taken[key] = value[rows] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
+    return unsplit_pixel_values_by_grid(taken)
+
+
+def trim(batch: dict) -> dict:
+    """Cut padding that no row of a text batch needs."""
+    if any("pixel" in key or key.endswith("token_type_ids") for key in batch):
+        return batch
+    width, used = batch["completion_mask"].shape[1], batch["completion_mask"].any(0).nonzero()
+    end = int(used[-1]) + 1 if len(used) else 1
+    start = int(batch["prompt_mask"].any(0).nonzero()[0])
+    trimmed = {}
+    for key, value in batch.items():
+        if key in ("prompt_ids", "prompt_mask"):
+            value = value[:, start:]
+        elif isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] == width:
+            value = value[:, :end]
+        trimmed[key] = value
+    return trimmed
+
+
+@contextlib.contextmanager
+def local_seed(generator: torch.Generator, device: torch.device):
+    """Seed the global generators of this process inside, and leave them untouched outside."""
+    states = random.getstate(), np.random.get_state()
+    kind = device.type if device.type not in ("cpu", "mps") else "cuda"
+    with torch.random.fork_rng(devices=[] if device.type in ("cpu", "mps") else [device], device_type=kind):
+        seed = int(torch.randint(2**31, (), generator=generator))
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
