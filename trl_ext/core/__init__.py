@@ -2,8 +2,17 @@
 
 from .config import MethodConfig, MixingError
 from .mixing import mix
-from .rollouts import Rollouts, TokenBatch
+from .rollouts import Requests, Rollouts, Scored, TokenBatch
 from .trainer import MethodTrainer
 
 
-__all__ = ["MethodConfig", "MethodTrainer", "MixingError", "Rollouts", "TokenBatch", "mix"]
+__all__ = [
+    "MethodConfig",
+    "MethodTrainer",
+    "MixingError",
+    "Requests",
+    "Rollouts",
+    "Scored",
+    "TokenBatch",
+    "mix",
+]

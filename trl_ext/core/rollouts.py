@@ -304,7 +304,7 @@ def group_advantages(
     Returns:
         `torch.Tensor`: Shape `(N,)`; 0 for unscored rollouts and for groups of one.
     """
-    table, row, column = group_table(rewards, group_ids)
+    table, row, _ = group_table(rewards, group_ids)
     advantages = rewards - torch.nanmean(table, dim=1)[row]
     if scale == "group":
         advantages = advantages / (nanstd(table, dim=1)[row] + eps)

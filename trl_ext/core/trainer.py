@@ -1,20 +1,20 @@
 """
 `MethodTrainer`: TRL's GRPO step with a hook at every joint where papers differ.
 
-This is the only file that relies on TRL's private members. `tests/core/test_contract.py` guards each of them:
+This file and `batches.py` are the only ones that rely on TRL's private members; `tests/core/test_contract.py` guards
+each of them:
 
-| member of TRL's `GRPOTrainer` | relied on for |
-|---|---|
-| `_generate_and_score_completions(inputs)` | one call per generation; inputs = local rows, result = dict of local tensors |
-| `_calculate_rewards(inputs, prompts, completions, completion_ids_list)` | returns the gathered `(N, K)`, NaN for None |
-| `_get_per_token_logps_and_entropies(model, ids, mask, keep, ...)` | every forward pass of the policy goes through it |
-| `_compute_loss(model, inputs)` | calls the forward once, reads advantages and `epsilon_*` only after it |
-| `_prepare_inputs`, `_buffered_inputs`, `_step` | when a generation is made and how it is cut into micro-batches |
-| `get_high_entropy_mask`, `get_off_policy_mask` | the masks that TRL multiplies into the loss |
-| `_metrics`, `_logs` | what is logged |
-| `_save_checkpoint`, `_load_optimizer_and_scheduler` | when state is written and read |
-| `get_train_dataloader` | takes its rows from `self.train_dataset` |
-| `trl.trainer.utils.nanstd` | the standard deviation of the advantages |
+- `_generate_and_score_completions(inputs)`: once per generation, local rows in, a dict of local tensors out.
+- `_generate(prompts)`, `_generate_single_turn(...)`: tokens of all rows, in order.
+- `_calculate_rewards(inputs, prompts, completions, completion_ids_list)`: the gathered `(N, K)`, NaN for None.
+- `_get_per_token_logps_and_entropies(model, ids, mask, keep, ...)`: every forward pass of a policy.
+- `_compute_loss(model, inputs)`: one forward pass; advantages and `epsilon_*` are read only after it.
+- `get_high_entropy_mask`, `get_off_policy_mask`: masks that are multiplied into the loss.
+- `_prepare_inputs`, `_buffered_inputs`, `_step`: when a generation is made, and its micro-batches.
+- `get_train_dataloader`: takes its rows from `self.train_dataset`.
+- `_metrics`, `_logs`, `_pending_extra_logs`, `_pending_metrics`: what is logged.
+- `_save_checkpoint`, `_load_optimizer_and_scheduler`: when state is written and read.
+- `trl.trainer.utils`: `nanstd`, `pad`, `split_pixel_values_by_grid`, `unsplit_pixel_values_by_grid`.
 """
 
 import contextlib
@@ -30,20 +30,14 @@ from accelerate.utils import gather, gather_object
 from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import pad, split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+from trl.trainer.utils import pad
 
-from . import card, loss, mixing, state
+from . import card, mixing, state
+from .batches import masked, merge_rows, take_examples, take_rows, trim
 from .config import MethodConfig
-from .prompts import ShuffledOrder, draw_rows, make_generator
-from .rollouts import (
-    Requests,
-    Rollouts,
-    Scored,
-    TokenBatch,
-    group_advantages,
-    normalized_sum_advantages,
-    zero_signal,
-)
+from .hooks import Hooks
+from .prompts import ShuffledOrder, make_generator
+from .rollouts import Requests, Rollouts, Scored, TokenBatch, zero_signal
 
 
 logger = logging.getLogger(__name__)
@@ -51,42 +45,19 @@ logger = logging.getLogger(__name__)
 NEEDS = {"old_logps", "ref_logps", "entropies"}
 
 
-class MethodTrainer(GRPOTrainer):
+class MethodTrainer(Hooks, GRPOTrainer):
     r"""
     TRL's [`~trl.GRPOTrainer`] with hooks. Without a subclass it is TRL's trainer, bit for bit.
 
-    A method subclasses it, sets the class attributes below and overrides the hooks that its paper changes. A hook
-    either refines the result of `super()` or replaces it, and then says so in `replaces`. Methods mix by inheritance
-    (see [`mix`]).
+    A method subclasses it, sets the class attributes of [`Hooks`] and overrides the hooks that its paper changes.
+    Methods mix by inheritance (see [`mix`]).
 
     Takes the arguments of [`~trl.GRPOTrainer`]; `args` must be an instance of the class's `config_class`.
 
-    Class attributes:
-        config_class (`type`):
-            The method's [`MethodConfig`].
-        replaces (`tuple[str, ...]`):
-            Hooks that this class answers without `super()`.
-        ignores (`tuple[str, ...]`):
-            Hooks whose result this method never looks at; mixing it with a method that provides one is refused.
-        contradicts (`dict[str, str]`):
-            Methods that it must not be mixed with, and why.
-        runs_after (`tuple[str, ...]`):
-            Methods whose results it refines, whatever the alphabetical order says.
-        needs_off_policy (`str`):
-            What the method cannot do when strictly on-policy; a warning says so when such a trainer is built.
-        whole_groups (`bool`):
-            Whether a micro-batch must hold complete groups.
+    Raises:
+        ValueError: if a setting, or a combination of settings and methods, cannot be honoured; the message names the
+            setting, its value and the remedy.
     """
-
-    config_class = MethodConfig
-    slug = ""
-    replaces: tuple[str, ...] = ()
-    ignores: tuple[str, ...] = ()
-    contradicts: dict[str, str] = {}
-    runs_after: tuple[str, ...] = ()
-    needs_off_policy = ""
-    whole_groups = False
-    _tag_names = ["trl", "grpo", "trl-ext"]
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -110,7 +81,7 @@ class MethodTrainer(GRPOTrainer):
                 f"`args` of {cls.__name__} must be a {cls.config_class.__name__}, got a {type(args).__name__}."
             )
         self._check_args(args, train_dataset)
-        # The state of the seam. `None` in the last three means: not inside such a call.
+        # The state of the seam; None = not inside such a call.
         self._generation = 0  # the generation counter
         self._rollouts_spent = 0
         self._prepared = False
@@ -123,7 +94,7 @@ class MethodTrainer(GRPOTrainer):
         self._token_metrics = {}
         self._score_calls = 0
         super().__init__(model, reward_funcs, args, train_dataset, *more, **kwargs)
-        self._wanted = {need for c in mixing.methods_of(cls) for need in c.needs(args)}
+        self._wanted = {need for c in cls.__mro__ if "needs" in c.__dict__ for need in c.needs(args)}
         if unknown := self._wanted - NEEDS:
             raise TypeError(f"{cls.__name__}.needs names {sorted(unknown)}; choose from {sorted(NEEDS)}.")
         if "ref_logps" in self._wanted and self.beta == 0.0:
@@ -203,231 +174,6 @@ class MethodTrainer(GRPOTrainer):
     def _overrides(cls, *hooks: str) -> bool:
         return any(getattr(cls, hook) is not getattr(MethodTrainer, hook) for hook in hooks)
 
-    # ------------------------------------------------------------------------------------------------ the hooks
-
-    @classmethod
-    def needs(cls, args) -> set[str]:
-        """
-        What this class wants at generation time: a subset of `{"old_logps", "ref_logps", "entropies"}`. All mixed
-        classes are asked (no `super()`), and together they cost at most one extra forward pass, none if TRL already
-        makes it.
-        """
-        return set()
-
-    def prepare(self) -> None:
-        """Runs once in a new run, before its first generation; not when a run is resumed. Add through `super()`."""
-
-    def choose_prompts(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """
-        Choose the prompts of a generation. By default drawn without replacement by [`prompt_weights`], or in TRL's
-        order if there are none.
-
-        Args:
-            n (`int`):
-                Number of prompts.
-            generator (`torch.Generator`):
-                Seeded by the run's seed and the generation counter, so every process draws the same.
-
-        Returns:
-            `torch.Tensor`: Rows of the training set, shape `(n,)`.
-        """
-        weights = self.prompt_weights()
-        return self._order.rows(self._generation) if weights is None else draw_rows(weights, n, generator)
-
-    def prompt_weights(self) -> torch.Tensor | None:
-        """Sampling weight of every prompt of the training set, shape `(P,)`, or None for TRL's order."""
-        return None
-
-    def prompt_budgets(self, rows: torch.Tensor) -> torch.Tensor:
-        """
-        Decide how many rollouts each chosen prompt gets.
-
-        Args:
-            rows (`torch.Tensor`):
-                The chosen rows, shape `(n,)`.
-
-        Returns:
-            `torch.Tensor`: Rollouts per prompt, shape `(n,)`, at least 0, with the sum `n * num_generations`.
-        """
-        return torch.full((len(rows),), self.num_generations)
-
-    def more_rollouts(self, scored: Scored, rounds: int) -> Requests | None:
-        """
-        Ask for another round of rollouts, given everything that was scored so far.
-
-        Args:
-            scored ([`Scored`]):
-                All rollouts of this generation so far, in the order in which they were asked for; the first
-                `generation_batch_size` are the ordinary ones.
-            rounds (`int`):
-                Rounds done, the first included.
-
-        Returns:
-            [`Requests`] or `None`: what to generate next, or None to stop. Must be the same on every process, hence
-            decided from `scored` and replicated state.
-        """
-        return None
-
-    def pick_rollouts(self, scored: Scored) -> torch.Tensor:
-        """
-        Pick the rollouts to train on from everything that was scored; they keep their group ids.
-
-        Args:
-            scored ([`Scored`]):
-                All rollouts of this generation.
-
-        Returns:
-            `torch.Tensor`: Positions in `scored`, shape `(N,)` with N = `generation_batch_size`.
-        """
-        return torch.arange(self.args.generation_batch_size)
-
-    def shape_rewards(self, rollouts: Rollouts) -> torch.Tensor:
-        """
-        Change the rewards before advantages are computed.
-
-        Args:
-            rollouts ([`Rollouts`]):
-                The scored generation.
-
-        Returns:
-            `torch.Tensor`: Rewards `(N, K)`, or `(N,)` already summed; NaN stays NaN.
-        """
-        return rollouts.reward_matrix
-
-    def compute_advantages(self, rollouts: Rollouts) -> torch.Tensor:
-        """
-        Compute advantages.
-
-        Args:
-            rollouts ([`Rollouts`]):
-                The scored generation, with shaped rewards.
-
-        Returns:
-            `torch.Tensor`: Global `(N,)`, or per token of the local rollouts `(n, T)`; 0 for unscored rollouts.
-        """
-        if self.multi_objective_aggregation == "normalize_then_sum":
-            shaped = rollouts.shaped
-            if shaped.dim() == 1:
-                raise ValueError(
-                    "`multi_objective_aggregation='normalize_then_sum'` needs one column per reward function, but "
-                    f"{type(self).__name__}.shape_rewards returned their sum: use 'sum_then_normalize'."
-                )
-            return normalized_sum_advantages(shaped, rollouts.reward_weights, rollouts.group_ids)
-        return group_advantages(rollouts.rewards, rollouts.group_ids, self.scale_rewards)
-
-    def select_rollouts(self, rollouts: Rollouts) -> torch.Tensor:
-        """
-        Choose the rollouts that are trained on; the others leave the batch and cost no forward or backward pass.
-
-        Args:
-            rollouts ([`Rollouts`]):
-                The scored generation with its advantages.
-
-        Returns:
-            `torch.Tensor`: Boolean, shape `(N,)`, the same on every process.
-        """
-        return torch.ones(len(rollouts), dtype=torch.bool, device=rollouts.group_ids.device)
-
-    def token_mask(self, rollouts: Rollouts) -> torch.Tensor | None:
-        """
-        Choose the tokens that are trained on. Unlike tokens of weight 0 the others leave the normaliser too, and a
-        rollout that loses all its tokens leaves the batch.
-
-        Args:
-            rollouts ([`Rollouts`]):
-                The scored generation with its advantages and selection.
-
-        Returns:
-            `torch.Tensor`: 1 to keep a token, local, shape `(n, T)`; None keeps all.
-        """
-        return None
-
-    def observe(self, rollouts: Rollouts) -> None:
-        """
-        Learn from what was scored in a training generation (`rollouts.everything`): update the method's state. Add
-        through `super()`.
-
-        Args:
-            rollouts ([`Rollouts`]):
-                The scored generation with its advantages, which were computed from the state before this update.
-        """
-
-    def log_ratio(self, tokens: TokenBatch) -> torch.Tensor:
-        """Log importance ratio, shape `(B, T)` per token or `(B, 1)` per sequence."""
-        ratio = tokens.logps - tokens.old_logps
-        return loss.sequence_log_ratio(ratio, tokens.mask) if self.importance_sampling_level == "sequence" else ratio
-
-    def clip_range(self, tokens: TokenBatch) -> "tuple[float | torch.Tensor | None, float | torch.Tensor]":
-        """
-        Bounds of the importance ratio, numbers or tensors that broadcast to the log-ratio's shape; None = no bound.
-        With `loss_type="cispo"` there is only the upper one.
-        """
-        if self.loss_type == "cispo":
-            return None, self.epsilon_high
-        return 1 - self.epsilon_low, 1 + self.epsilon_high
-
-    def policy_loss(self, tokens: TokenBatch) -> torch.Tensor:
-        """The surrogate, shape `(B, T)` or `(B, 1)`, from `tokens.log_ratio`, its bounds and the advantages."""
-        if self.loss_type == "cispo":
-            return loss.cispo_loss(tokens.log_ratio, tokens.advantages, tokens.logps, tokens.ratio_high)
-        if self.loss_type == "sapo":
-            return loss.sapo_loss(
-                tokens.log_ratio, tokens.advantages, self.args.sapo_temperature_pos, self.args.sapo_temperature_neg
-            )
-        return loss.clipped_loss(
-            tokens.log_ratio, tokens.advantages, tokens.ratio_low, tokens.ratio_high, self.args.delta
-        )
-
-    def token_weights(self, tokens: TokenBatch) -> torch.Tensor | None:
-        """
-        Non-negative factors of the policy loss, shape `(B, T)`, without gradient; None = all 1. The normaliser of the
-        loss does not change: a token of weight 0 still counts in it.
-        """
-        return None
-
-    def aggregate_loss(self, per_token_loss: torch.Tensor, tokens: TokenBatch) -> torch.Tensor:
-        """
-        Reduce the policy loss of a micro-batch to a scalar (the seam divides by the accumulation steps).
-
-        Args:
-            per_token_loss (`torch.Tensor`):
-                Shape `(B, T)` or `(B, 1)`.
-            tokens ([`TokenBatch`]):
-                The micro-batch.
-
-        Returns:
-            `torch.Tensor`: Scalar.
-        """
-        length = self.max_completion_length
-        return loss.aggregate(per_token_loss, tokens.mask, self.loss_type, tokens.items, tokens.rows, length)
-
-    def regularizers(self, tokens: TokenBatch) -> dict[str, torch.Tensor]:
-        """
-        Extra losses of a micro-batch by name, scalars with gradient that are added to the loss (the seam divides by
-        the accumulation steps) and logged. Add through `super()`.
-        """
-        return {}
-
-    def method_state(self) -> dict:
-        """
-        Everything that must survive a stop and is the same on every process: tensors, numbers, strings, lists and
-        dicts, under the method's name. Add through `super()`.
-        """
-        return {}
-
-    def load_method_state(self, state: dict) -> None:
-        """Restore what `method_state` returned. Add through `super()`."""
-
-    def local_state(self) -> dict:
-        """Like `method_state`, for this process's own share of a state. Add through `super()`."""
-        return {}
-
-    def load_local_state(self, state: dict) -> None:
-        """
-        Restore one share. Called once per share that falls to this process: its own, or after a change of the number
-        of processes W every share of an old process `p` with `p % W` equal to its index. Add through `super()`.
-        """
-
     # ------------------------------------------------------------------------------------------- for the methods
 
     def log_metric(self, name: str, value: float) -> None:
@@ -474,7 +220,7 @@ class MethodTrainer(GRPOTrainer):
         joined = torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
         return joined.to(flat.dtype), sum(sizes[: self.accelerator.process_index])
 
-    def score_prompts(self, rows: torch.Tensor, n: int) -> torch.Tensor:
+    def score_prompts(self, rows: torch.Tensor, n: int, dataset: Dataset | None = None) -> torch.Tensor:
         """
         Generate and score outside a training step, on whatever engine the trainer uses. The work is shared evenly by
         all processes, every one of which must call it. Random states, metrics and logs stay as they were; the
@@ -482,9 +228,11 @@ class MethodTrainer(GRPOTrainer):
 
         Args:
             rows (`torch.Tensor`):
-                Rows of the training set, the same on every process.
+                Rows of the data set, the same on every process.
             n (`int`):
                 Rollouts per row.
+            dataset ([`~datasets.Dataset`], *optional*):
+                Where the rows lie; the training set by default. Rollouts of another one do not count as spent.
 
         Returns:
             `torch.Tensor`: Rewards of the K functions, shape `(len(rows), n, K)`, the same on every process.
@@ -500,7 +248,7 @@ class MethodTrainer(GRPOTrainer):
         examples = torch.cat([examples, examples[:1].expand(padding)])
         results = []
         self._score_calls += 1
-        process = self.accelerator.process_index
+        process, spent = self.accelerator.process_index, self._rollouts_spent
         with (
             self._no_trace(),
             local_seed(
@@ -510,8 +258,12 @@ class MethodTrainer(GRPOTrainer):
             chunks = examples.split(share * processes)
             hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
             for chunk in tqdm(chunks, desc="Scoring prompts", leave=False, disable=hidden):
-                self._score_only(self._examples(chunk[process * share :][:share]), num_generations=1)
+                self._score_only(
+                    take_examples(self._rows if dataset is None else dataset, chunk[process * share :][:share]), 1
+                )
                 results.append(self._captured["matrix"])
+        if dataset is not None:
+            self._rollouts_spent = spent
         return torch.cat(results)[:count].view(len(rows), n, -1)
 
     def sequence_logps(self, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:
@@ -560,12 +312,6 @@ class MethodTrainer(GRPOTrainer):
         finally:
             self.train_dataset = dataset
 
-    def _examples(self, rows: torch.Tensor) -> list[dict]:
-        unique, inverse = torch.as_tensor(rows).unique(return_inverse=True)
-        columns = self._rows[unique.tolist()]
-        examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        return [dict(examples[i]) for i in inverse.tolist()]  # TRL writes into the rows, so none may be shared
-
     def _plan(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Row of the training set and group id of every rollout of the next generation, `(N,)` each."""
         size, n = self.args.generation_batch_size, self.args.generation_batch_size // self.num_generations
@@ -604,7 +350,7 @@ class MethodTrainer(GRPOTrainer):
                 if self._overrides("more_rollouts"):
                     everything, rows = self._run_rounds(prompt_index, group_ids)
                     prompt_index, group_ids = everything.prompt_index[rows].cpu(), everything.group_ids[rows]
-                inputs = self._examples(prompt_index[start : start + len(inputs)])
+                inputs = take_examples(self._rows, prompt_index[start : start + len(inputs)])
         self._forwards = []
         try:
             output = super()._generate_and_score_completions(inputs)
@@ -689,7 +435,7 @@ class MethodTrainer(GRPOTrainer):
         share = -(-count // processes)
         start = self.accelerator.process_index * share
         positions = [position if position < count else 0 for position in range(start, start + share)]
-        examples = self._examples(requests.prompt_index.cpu()[positions])
+        examples = take_examples(self._rows, requests.prompt_index.cpu()[positions])
         if requests.prompts is not None:
             self._original_prompts = [example["prompt"] for example in examples]
             for example, position in zip(examples, positions, strict=True):
@@ -797,7 +543,7 @@ class MethodTrainer(GRPOTrainer):
         return self._generated
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
-        # A vLLM server is asked for `num_generations` answers to every so-manieth prompt, which holds for equal groups.
+        # A vLLM server is asked for `num_generations` answers to every n-th prompt, which only suits equal groups.
         if self.model.training and self._overrides("prompt_budgets"):
             num_generations = 1
         return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs)
@@ -888,7 +634,7 @@ class MethodTrainer(GRPOTrainer):
             units.setdefault(int(merged["group_ids"][row]) if self.whole_groups else row, []).append(row)
         units, parts = list(units.values()), len(batches)
         cuts = [len(units) * i // parts for i in range(parts + 1)]
-        chosen = [sum(units[a:b], []) for a, b in itertools.pairwise(cuts)]
+        chosen = [list(itertools.chain(*units[a:b])) for a, b in itertools.pairwise(cuts)]
         device, processes = kept.device, self.accelerator.num_processes
         sizes = gather(torch.tensor([max(map(len, chosen)), sum(map(len, chosen))], device=device)).view(-1, 2)
         size, total = max(1, int(sizes[:, 0].max())), int(sizes[:, 1].sum())
@@ -969,9 +715,9 @@ class MethodTrainer(GRPOTrainer):
             total = total + policy_loss / accumulation
             for name in ("low_mean", "high_mean", "region_mean", "low_min", "high_max"):
                 self._metrics[mode].pop(f"clip_ratio/{name}", None)  # of the surrogate that was silenced
-            if self._entropy_bonus_enabled:  # TRL logged its part, which lacks the surrogate
-                values = self._metrics[mode]["policy_loss"]
-                values[-1] += gather(policy_loss.detach()).nanmean().item()
+            if self._entropy_bonus_enabled:  # TRL logged its part, which lacks the surrogate, on a scale of its own
+                scale = accumulation if self.loss_type in ("dapo", "cispo") else 1.0
+                self._metrics[mode]["policy_loss"][-1] += gather(policy_loss.detach() / scale).nanmean().item()
         for name, value in self.regularizers(tokens).items():
             total = total + value / accumulation
             self.log_token_metric(f"{name}_loss", value, torch.ones_like(value))
@@ -1151,52 +897,6 @@ class MethodTrainer(GRPOTrainer):
 def strictly_on_policy(args) -> bool:
     """Whether there is at most one optimizer step per generation, so that old and current policy are the same."""
     return args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0
-
-
-def masked(batch: dict) -> torch.Tensor:
-    """The mask of the tokens that enter the loss."""
-    return batch["completion_mask"] * batch["tool_mask"] if "tool_mask" in batch else batch["completion_mask"]
-
-
-def merge_rows(batches: list[dict]) -> dict:
-    """Join micro-batches into one batch; images become lists with one entry per row."""
-    batches = [split_pixel_values_by_grid(batch) for batch in batches]
-    merged = {}
-    for key, first in batches[0].items():
-        parts = [batch[key] for batch in batches]
-        if isinstance(first, list):
-            merged[key] = sum(parts, [])
-        else:
-            merged[key] = torch.cat(parts) if isinstance(first, torch.Tensor) and first.ndim > 0 else first
-    return merged
-
-
-def take_rows(batch: dict, rows: list[int]) -> dict:
-    """Some rows of a merged batch, as TRL's loss wants them."""
-    taken = {}
-    for key, value in batch.items():
-        if isinstance(value, list):
-            taken[key] = [value[row] for row in rows]
-        else:
-            taken[key] = value[rows] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
-    return unsplit_pixel_values_by_grid(taken)
-
-
-def trim(batch: dict) -> dict:
-    """Cut padding that no row of a text batch needs."""
-    if any("pixel" in key or key.endswith("token_type_ids") for key in batch):
-        return batch
-    width, used = batch["completion_mask"].shape[1], batch["completion_mask"].any(0).nonzero()
-    end = int(used[-1]) + 1 if len(used) else 1
-    start = int(batch["prompt_mask"].any(0).nonzero()[0])
-    trimmed = {}
-    for key, value in batch.items():
-        if key in ("prompt_ids", "prompt_mask"):
-            value = value[:, start:]
-        elif isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] == width:
-            value = value[:, :end]
-        trimmed[key] = value
-    return trimmed
 
 
 @contextlib.contextmanager

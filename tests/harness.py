@@ -1,0 +1,97 @@
+"""Short training runs on the embedded policy, for all tests."""
+
+import hashlib
+
+import torch
+from transformers import PrinterCallback, ProgressCallback
+
+from trl_ext.tasks import POLICY_PATH, arithmetic, exact_match
+
+
+SETTINGS = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": [],
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "num_generations": 4,
+    "per_device_train_batch_size": 8,
+    "max_completion_length": 4,
+    "max_steps": 3,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "disable_tqdm": True,
+    "seed": 3,
+}
+
+
+def parity_reward(completions, **kwargs):
+    """1 for about half of all completions, whatever the policy writes: every group has a signal now and then."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [float(sum(map(ord, text)) % 2) for text in texts]
+
+
+def build(trainer_class, config_class=None, *, data=None, rewards=parity_reward, out="unused", **settings):
+    """
+    A trainer on the embedded policy. Settings that are arguments of the trainer (`peft_config`, ...) are passed on.
+    """
+    arguments = ("peft_config", "rollout_func", "eval_dataset", "callbacks", "optimizers", "model")
+    extra = {name: settings.pop(name) for name in arguments if name in settings}
+    model = extra.pop("model", POLICY_PATH)
+    config_class = config_class or trainer_class.config_class
+    defaults = {name: value for name, value in SETTINGS.items() if name not in own_defaults(config_class)}
+    args = config_class(str(out), **{**defaults, **settings})
+    data = arithmetic().select(range(24)) if data is None else data
+    trainer = trainer_class(model, rewards, args, data, **extra)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def own_defaults(config_class) -> set[str]:
+    """Fields whose default a method sets itself, such as SPO's single rollout per prompt."""
+    return set().union(*(getattr(base, "_declared", ()) for base in config_class.__mro__))
+
+
+def train(trainer_class, config_class=None, *, resume=None, **kwargs):
+    trainer = build(trainer_class, config_class, **kwargs)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def parameters(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
+
+
+def difference(a, b) -> float:
+    """Largest difference between the parameters of two trainers."""
+    first, second = parameters(a), parameters(b)
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def scripted(prompts, trainer):
+    """
+    A `rollout_func` whose completions depend only on the prompt, the step and the row in the global batch, so that one
+    and several processes get the same ones.
+    """
+    tokenizer, process = trainer.processing_class, trainer.accelerator.process_index
+    prompt_ids = tokenizer([p if isinstance(p, str) else p[-1]["content"] for p in prompts])["input_ids"]
+    completion_ids = []
+    for i, prompt in enumerate(prompts):
+        key = f"{prompt}|{trainer.state.global_step}|{process * len(prompts) + i}"
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        text = str(int(digest[:8], 16) % 10 ** (1 + int(digest[8], 16) % 3))
+        completion_ids.append([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
+
+
+def partly_external(prompts, trainer):
+    """A `rollout_func` whose second token of every completion counts as written by a tool."""
+    output = scripted(prompts, trainer)
+    output["env_mask"] = [[int(i != 1) for i in range(len(ids))] for ids in output["completion_ids"]]
+    return output
+
+
+__all__ = ["arithmetic", "build", "difference", "exact_match", "parameters", "partly_external", "scripted", "train"]
