@@ -23,7 +23,7 @@ class PipelineTrainer(MethodTrainer):
 def trainers():
     pair = [build(cls, config) for cls, config in ((GRPOTrainer, GRPOConfig), (PipelineTrainer, MethodConfig))]
     for trainer in pair:
-        trainer.model.train()
+        trainer.model.double().train()  # so that float noise cannot hide behind the tolerance
         trainer.current_gradient_accumulation_steps = 2
         trainer.args.steps_per_generation = 2
         trainer.accelerator.gradient_state._set_sync_gradients(True)
@@ -32,7 +32,7 @@ def trainers():
 
 def make_inputs(trainer, generator, tool_mask, off_policy):
     def draw(*shape):
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     rows, length = 6, 5
     ids = torch.randint(5, 60, (rows, 4 + length), generator=generator)
@@ -50,6 +50,7 @@ def make_inputs(trainer, generator, tool_mask, off_policy):
         "group_ids": torch.arange(rows) // 2,
         "prompt_index": torch.arange(rows),
         "rewards": draw(rows),
+        "row_ids": torch.arange(rows),
     }
     with torch.no_grad():
         full = torch.cat([inputs["prompt_mask"], completion_mask], dim=1)

@@ -182,6 +182,8 @@ class TokenBatch:
             The tokens, shape `(B, T)`.
         group_ids (`torch.Tensor`), prompt_index (`torch.Tensor`), rewards (`torch.Tensor`):
             As in [`Rollouts`], of these rows, shape `(B,)`.
+        row_ids (`torch.Tensor`):
+            Position of these rows in the global generation batch, shape `(B,)`.
         items (`torch.Tensor`):
             Tokens of an average micro-batch of this generation over all processes, scalar: what a sum over tokens is
             divided by, so that the update does not depend on how the batch is split.
@@ -207,6 +209,7 @@ class TokenBatch:
     group_ids: torch.Tensor
     prompt_index: torch.Tensor
     rewards: torch.Tensor
+    row_ids: torch.Tensor
     items: torch.Tensor
     rows: float
     step: int
@@ -221,6 +224,11 @@ class TokenBatch:
     def replace(self, **changes) -> "TokenBatch":
         """A copy with some attributes changed."""
         return dataclasses.replace(self, **changes)
+
+    @property
+    def token_keys(self) -> torch.Tensor:
+        """A number for every token that tells it apart in the whole generation, however it is split, `(B, T)`."""
+        return (self.row_ids.unsqueeze(1) << 32) + torch.arange(self.mask.shape[1], device=self.row_ids.device)
 
 
 def weighted_sum(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

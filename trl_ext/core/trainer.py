@@ -368,6 +368,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
         output["group_ids"] = rollouts.group_ids[rollouts.local]
         output["prompt_index"] = rollouts.prompt_index[rollouts.local]
         output["rewards"] = rollouts.rewards[rollouts.local]
+        output["row_ids"] = torch.arange(len(rollouts), device=group_ids.device)[rollouts.local]
         if training:
             self.observe(rollouts)
             self._generation += 1
@@ -747,6 +748,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
             group_ids=inputs["group_ids"],
             prompt_index=inputs["prompt_index"],
             rewards=inputs["rewards"],
+            row_ids=inputs["row_ids"],
             items=inputs["num_items_in_batch"].clamp(min=1.0) / parts,
             rows=max(rows, 1e-9),
             step=self.state.global_step,

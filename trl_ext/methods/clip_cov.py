@@ -129,16 +129,13 @@ def clip_cov_eligible(
     return mask.bool() & ~clipped & (cov > low) & (cov < high)
 
 
-def clip_cov_selection(
-    eligible: torch.Tensor, n_tokens: int, ratio: float, generator: torch.Generator
-) -> torch.Tensor:
+def clip_cov_draw(candidates: torch.Tensor, n_tokens: int, ratio: float, generator: torch.Generator) -> torch.Tensor:
     """
-    Draw tokens uniformly without replacement from the eligible ones: `max(int(ratio * n_tokens), 1)`, or all if there
-    are fewer.
+    Draw tokens uniformly without replacement: `max(int(ratio * n_tokens), 1)` of them, or all if there are fewer.
 
     Args:
-        eligible (`torch.Tensor`):
-            Boolean, any shape.
+        candidates (`torch.Tensor`):
+            The eligible tokens, shape `(E,)`, in an order that does not depend on how the batch is split.
         n_tokens (`int`):
             Unmasked tokens of the batch.
         ratio (`float`):
@@ -147,14 +144,10 @@ def clip_cov_selection(
             Source of randomness, on the CPU.
 
     Returns:
-        `torch.Tensor`: Boolean, same shape.
+        `torch.Tensor`: The selected tokens, shape `(at most E,)`.
     """
-    selected = torch.zeros_like(eligible)
-    candidates = eligible.flatten().nonzero().squeeze(1)
     count = max(int(ratio * n_tokens), 1)
-    chosen = torch.randperm(len(candidates), generator=generator)[:count]
-    selected.view(-1)[candidates[chosen.to(candidates.device)]] = True
-    return selected
+    return candidates[torch.randperm(len(candidates), generator=generator)[:count].to(candidates.device)]
 
 
 class ClipCovTrainer(MethodTrainer):
@@ -183,12 +176,14 @@ class ClipCovTrainer(MethodTrainer):
         else:
             clipped = ppo_clipped(tokens.log_ratio, tokens.advantages, tokens.ratio_low, tokens.ratio_high)
         eligible = clip_cov_eligible(cov, clipped, mask, args.clip_cov_low, args.clip_cov_high)
+        candidates = tokens.token_keys[eligible]
+        if is_global:
+            candidates, _ = self.gather_flat(candidates)
         seed = args.seed if args.clip_cov_seed is None else args.clip_cov_seed
         process = 0 if is_global else self.accelerator.process_index
         generator = make_generator(seed, "clip_cov", tokens.micro_step, process)
-        everyones, start = self.gather_flat(eligible) if is_global else (eligible.flatten(), 0)
-        selected = clip_cov_selection(everyones, int(sums[0]), args.clip_cov_ratio, generator)
-        selected = selected[start : start + eligible.numel()].view_as(eligible)
+        chosen = clip_cov_draw(candidates.sort().values, int(sums[0]), args.clip_cov_ratio, generator)
+        selected = torch.isin(tokens.token_keys, chosen) & eligible
         count = mask.sum()
         self.log_token_metric("clip_cov/selected", selected.sum(), count)
         self.log_token_metric("clip_cov/eligible", eligible.sum(), count)

@@ -112,9 +112,13 @@ class KLCovTrainer(MethodTrainer):
         if is_global:
             sums = self.accelerator.reduce(sums, reduction="sum")
         cov = token_covariance(tokens.logps, tokens.advantages, mask, sums)
-        everyones, start = self.gather_flat(cov) if is_global else (cov.flatten(), 0)
-        valid = self.gather_flat(mask)[0] if is_global else mask.flatten()
-        selected = kl_cov_selection(everyones, valid, args.kl_cov_ratio)[start : start + cov.numel()].view_as(cov)
+        valid = mask.bool()
+        values, keys = cov[valid], tokens.token_keys[valid]
+        if is_global:
+            (values, _), (keys, _) = self.gather_flat(values), self.gather_flat(keys)
+        order = keys.argsort()  # ties must not depend on how the batch is split
+        picked = kl_cov_selection(values[order], torch.ones_like(keys), args.kl_cov_ratio)
+        selected = torch.isin(tokens.token_keys, keys[order][picked]) & valid
         size = tokens.log_ratio.detach().abs()
         self.log_token_metric("kl_cov/selected", selected.sum(), mask.sum())
         self.log_token_metric("kl_cov/penalty", (size * selected).sum(), selected.sum())

@@ -1,0 +1,53 @@
+"""One and two processes (gloo) give the same prompts, advantages, states and parameters."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_worker import CASES
+
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+def launch(folder, processes):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(WORKER), str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    for processes in (1, 2):
+        launch(folder, processes)
+
+    def load(name, processes, process):
+        return torch.load(folder / f"{name}_{processes}_{process}.pt", weights_only=True)
+
+    return load
+
+
+def gap(a, b) -> float:
+    """Largest difference between two nested results; infinite if they differ in anything but numbers."""
+    if isinstance(a, dict):
+        return max((gap(a[key], b[key]) for key in a), default=0.0) if a.keys() == b.keys() else float("inf")
+    if isinstance(a, list):
+        return max((gap(x, y) for x, y in zip(a, b, strict=True)), default=0.0) if len(a) == len(b) else float("inf")
+    if a is None or isinstance(a, (str, bool)):
+        return 0.0 if a == b else float("inf")
+    return (torch.as_tensor(a).double() - torch.as_tensor(b).double()).abs().max().item()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_equal_one(results, name):
+    one, first, second = results(name, 1, 0), results(name, 2, 0), results(name, 2, 1)
+    assert len(one["seen"]) == 4
+    gaps = {key: gap(one[key], first[key]) for key in ("seen", "state", "logged", "parameters")}
+    assert all(value <= 1e-6 for value in gaps.values()), gaps
+    assert gap(first, second) == 0.0
+    signal = [abs(a) for seen in one["seen"] for a in seen["advantages"]]
+    assert max(signal) > 0.1
