@@ -47,6 +47,10 @@ def test_two_processes_equal_one(results, name):
     one, first, second = results(name, 1, 0), results(name, 2, 0), results(name, 2, 1)
     assert len(one["seen"]) == 4
     gaps = {key: gap(one[key], first[key]) for key in ("seen", "state", "logged", "parameters")}
+    if name == "clip_cov + spo":
+        # Log-probabilities are float32 whatever the model, and one ulp of them moves the drift by 1e-6, which moves
+        # the share of evidence that is kept by 1e-5 where it is not clipped.
+        assert gaps.pop("state") <= 3e-5
     assert all(value <= 1e-6 for value in gaps.values()), gaps
     assert gap(first, second) == 0.0
     signal = [abs(a) for seen in one["seen"] for a in seen["advantages"]]

@@ -48,11 +48,12 @@ class Mix(NamedTuple):
 
 
 def methods_of(cls: type) -> list[type]:
-    """The classes that contribute hooks to `cls`, outermost first."""
+    """The methods that `cls` is made of, outermost first: the classes that bring a hook or a declaration of their own."""
     from .trainer import MethodTrainer
 
     bases = cls.__mro__[: cls.__mro__.index(MethodTrainer)]
-    return [base for base in bases if any(hook in base.__dict__ for hook in HOOKS)]
+    marks = (*HOOKS, "needs", "ignores", "contradicts", "whole_groups", "_paper")
+    return [base for base in bases if any(name in base.__dict__ for name in marks)]
 
 
 def mix(*methods: "str | type") -> Mix:

@@ -1,0 +1,82 @@
+"""A run that is stopped and resumed continues as if it had not been stopped."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from harness import arithmetic, difference, train
+
+from trl_ext import MethodTrainer, SPOTrainer, mix
+
+
+RUNS = {
+    "neutral": (MethodTrainer, {}),
+    "neutral, several epochs": (MethodTrainer, {"rows": 9, "max_steps": 12, "stop": 7}),
+    "neutral, inside a generation": (MethodTrainer, {"num_iterations": 2, "steps_per_generation": 2, "beta": 0.1}),
+    "spo": (SPOTrainer, {"spo_offline_n": 1}),
+    "spo, inside a generation": (SPOTrainer, {"num_iterations": 2, "spo_offline_n": 1}),
+    "clip_cov + spo": (
+        mix("clip_cov", "spo").Trainer,
+        {"num_iterations": 2, "spo_offline_n": 0, "clip_cov_ratio": 0.2, "clip_cov_low": 0.01},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resumed_run_equals_the_run_that_was_not_stopped(name, tmp_path):
+    cls, settings = RUNS[name]
+    settings = {"max_steps": 7, "save_strategy": "steps", **settings}
+    stop, rows = settings.pop("stop", 3), settings.pop("rows", 24)
+    settings |= {"save_steps": stop, "data": arithmetic().select(range(rows)), "out": tmp_path / "run"}
+    whole = train(cls, **settings)
+    shutil.rmtree(tmp_path / "run" / f"checkpoint-{2 * stop}", ignore_errors=True)
+    resumed = train(cls, resume=str(tmp_path / "run" / f"checkpoint-{stop}"), **settings)
+    assert difference(whole, resumed) == 0.0
+    drop = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+    histories = [
+        [{k: v for k, v in log.items() if k not in drop} for log in trainer.state.log_history]
+        for trainer in (whole, resumed)
+    ]
+    assert histories[0] == histories[1]
+    states = [t.method_state() | t.local_state() for t in (whole, resumed)]
+    assert repr(states[0]) == repr(states[1])
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    train(SPOTrainer, out=tmp_path / "run", save_strategy="steps", save_steps=2, max_steps=2, spo_offline_n=0)
+    return tmp_path / "run" / "checkpoint-2"
+
+
+def resume(checkpoint, cls=SPOTrainer, **settings):
+    return train(cls, resume=str(checkpoint), out=checkpoint.parent, max_steps=4, **settings)
+
+
+@pytest.mark.parametrize("name", ["trl_ext_state.pt", "trl_ext_complete.json", "trl_ext_local_0.pt"])
+def test_a_missing_state_file_is_named(checkpoint, name):
+    os.remove(checkpoint / name)
+    with pytest.raises(FileNotFoundError, match=name):
+        resume(checkpoint, spo_offline_n=0)
+
+
+def test_another_data_set_is_refused(checkpoint):
+    with pytest.raises(ValueError, match=r"`train_dataset` differs"):
+        resume(checkpoint, spo_offline_n=0, data=arithmetic(seed=1).select(range(24)))
+    with pytest.raises(ValueError, match=r"`train_dataset` differs"):
+        resume(checkpoint, spo_offline_n=0, data=arithmetic().select(range(23)))
+
+
+def test_another_trainer_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="written by SPOTrainer and cannot be resumed by MethodTrainer"):
+        resume(checkpoint, MethodTrainer)
+
+
+def test_state_files_hold_no_code(checkpoint):
+    for name in ("trl_ext_state.pt", "trl_ext_local_0.pt"):
+        assert torch.load(checkpoint / name, weights_only=True)
+
+
+def test_only_the_model_saves_no_state(tmp_path):
+    train(MethodTrainer, out=tmp_path, save_strategy="steps", save_steps=1, max_steps=1, save_only_model=True)
+    assert not (tmp_path / "checkpoint-1" / "trl_ext_state.pt").exists()
