@@ -7,7 +7,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the Hub, and 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "core")]  # harness.py, distributed_worker.py
+sys.path[:0] = [
+    str(Path(__file__).parent),
+    str(Path(__file__).parent / "core"),
+    str(Path(__file__).parent / "methods"),
+]  # harness.py, distributed_worker.py
 
 import pytest
 import torch
