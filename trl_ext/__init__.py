@@ -24,14 +24,23 @@ _check_trl(_version("trl"))
 
 # Public names and where they live. They are imported on first use, so that `import trl_ext` stays cheap.
 _PUBLIC = {
-    "core": ("MethodConfig", "MethodTrainer", "MixingError", "Rollouts", "TokenBatch", "mix"),
+    "core": ("MethodConfig", "MethodTrainer", "MixingError", "Requests", "Rollouts", "Scored", "TokenBatch", "mix"),
     "methods.clip_cov": ("ClipCovConfig", "ClipCovTrainer"),
+    "methods.d3s": ("D3SConfig", "D3STrainer"),
+    "methods.disco": ("DisCOConfig", "DisCOTrainer"),
+    "methods.dynamic_sampling": ("DynamicSamplingConfig", "DynamicSamplingTrainer"),
+    "methods.empg": ("EMPGConfig", "EMPGTrainer"),
+    "methods.grpo_lambda": ("GRPOLambdaConfig", "GRPOLambdaTrainer"),
+    "methods.kdrl": ("KDRLConfig", "KDRLTrainer"),
     "methods.kl_cov": ("KLCovConfig", "KLCovTrainer"),
+    "methods.knapsack_rl": ("KnapsackRLConfig", "KnapsackRLTrainer"),
+    "methods.llds": ("LLDSConfig", "LLDSTrainer"),
+    "methods.scaf_grpo": ("ScafGRPOConfig", "ScafGRPOTrainer"),
     "methods.spo": ("SPOConfig", "SPOTrainer"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
-__all__ = sorted(_MODULE_OF)
+__all__ = [*_MODULE_OF]
 
 
 def __getattr__(name: str):

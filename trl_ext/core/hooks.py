@@ -179,6 +179,20 @@ class Hooks:
         """
         return None
 
+    def carry(self, rollouts: Rollouts) -> dict[str, torch.Tensor]:
+        """
+        Quantities that the loss will need, from what is only known when the generation is scored. They are shuffled
+        and split with the rollouts and arrive as `tokens.carried`. Add through `super()`.
+
+        Args:
+            rollouts ([`Rollouts`]):
+                The scored generation with its advantages and selection.
+
+        Returns:
+            `dict[str, torch.Tensor]`: local tensors of shape `(n, ...)`, or scalars, under the method's name.
+        """
+        return {}
+
     def observe(self, rollouts: Rollouts) -> None:
         """
         Learn from what was scored in a training generation (`rollouts.everything`): update the method's state. Add
@@ -240,8 +254,8 @@ class Hooks:
 
     def regularizers(self, tokens: TokenBatch) -> dict[str, torch.Tensor]:
         """
-        Extra losses of a micro-batch by name, scalars with gradient that are added to the loss (the seam divides by
-        the accumulation steps) and logged. Add through `super()`.
+        Extra losses of a micro-batch by the name under which they are logged (`<method>/loss`): scalars with gradient
+        that are added to the loss (the seam divides by the accumulation steps). Add through `super()`.
         """
         return {}
 

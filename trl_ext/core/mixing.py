@@ -32,6 +32,7 @@ ADDITIONS = (
     "prepare",
     "regularizers",
     "observe",
+    "carry",
     "method_state",
     "load_method_state",
     "local_state",
@@ -48,7 +49,7 @@ class Mix(NamedTuple):
 
 
 def methods_of(cls: type) -> list[type]:
-    """The methods that `cls` is made of, outermost first: the classes that bring a hook or a declaration of their own."""
+    """The methods that `cls` is made of, outermost first: classes that bring a hook or a declaration."""
     from .trainer import MethodTrainer
 
     bases = cls.__mro__[: cls.__mro__.index(MethodTrainer)]

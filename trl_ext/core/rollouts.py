@@ -178,6 +178,8 @@ class TokenBatch:
             Advantages, shape `(B, T)`.
         mask (`torch.Tensor`):
             1 for tokens that enter the loss, shape `(B, T)`.
+        model_mask (`torch.Tensor`):
+            1 for tokens written by the model, shape `(B, T)`: `mask` before the `token_mask` hook took some out.
         token_ids (`torch.Tensor`):
             The tokens, shape `(B, T)`.
         group_ids (`torch.Tensor`), prompt_index (`torch.Tensor`), rewards (`torch.Tensor`):
@@ -190,10 +192,14 @@ class TokenBatch:
         rows (`float`):
             Rollouts of an average micro-batch: what a sum over rollouts is divided by. Below B where rollouts were
             dropped, since rows without tokens then fill up some micro-batches.
+        parts (`int`):
+            Micro-batches of this generation over all processes (one per process in evaluation).
         step (`int`), micro_step (`int`):
             Optimizer steps done, and micro-batches done since the start of training.
         training (`bool`):
             Whether a training loss is computed.
+        carried (`dict[str, torch.Tensor]`):
+            What the `carry` hook returned, for these rows.
         log_ratio (`torch.Tensor`, *optional*):
             Result of the `log_ratio` hook, `(B, T)` or `(B, 1)`.
         ratio_low (`float` or `torch.Tensor`, *optional*), ratio_high (`float` or `torch.Tensor`, *optional*):
@@ -205,6 +211,7 @@ class TokenBatch:
     entropies: torch.Tensor
     advantages: torch.Tensor
     mask: torch.Tensor
+    model_mask: torch.Tensor
     token_ids: torch.Tensor
     group_ids: torch.Tensor
     prompt_index: torch.Tensor
@@ -212,9 +219,11 @@ class TokenBatch:
     row_ids: torch.Tensor
     items: torch.Tensor
     rows: float
+    parts: int
     step: int
     micro_step: int
     training: bool
+    carried: dict[str, torch.Tensor]
     ref_logps: torch.Tensor | None = None
     sampling_logps: torch.Tensor | None = None
     log_ratio: torch.Tensor | None = None
@@ -224,6 +233,10 @@ class TokenBatch:
     def replace(self, **changes) -> "TokenBatch":
         """A copy with some attributes changed."""
         return dataclasses.replace(self, **changes)
+
+    def share(self, total: torch.Tensor) -> torch.Tensor:
+        """An average micro-batch's share of a quantity of the whole generation, as `items` is of its tokens."""
+        return total / self.parts
 
     @property
     def token_keys(self) -> torch.Tensor:

@@ -30,7 +30,8 @@ from accelerate.utils import gather, gather_object
 from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import pad
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path, pad
 
 from . import card, mixing, state
 from .batches import masked, merge_rows, take_examples, take_rows, trim
@@ -43,6 +44,7 @@ from .rollouts import Requests, Rollouts, Scored, TokenBatch, zero_signal
 logger = logging.getLogger(__name__)
 
 NEEDS = {"old_logps", "ref_logps", "entropies"}
+CARRIED = "carried/"  # prefix of the `carry` hook's entries in TRL's batches
 
 
 class MethodTrainer(Hooks, GRPOTrainer):
@@ -200,6 +202,28 @@ class MethodTrainer(Hooks, GRPOTrainer):
         """
         self._token_metrics[name] = (numerator.detach().float(), torch.as_tensor(denominator).detach().float())
 
+    def reward_column(self, field: str) -> int:
+        """
+        Column of the reward function that a setting names.
+
+        Args:
+            field (`str`):
+                Name of the setting; None in it means the first reward function.
+
+        Returns:
+            `int`: the column in the reward matrix.
+
+        Raises:
+            ValueError: if there is no such reward function; the message lists those there are.
+        """
+        name = getattr(self.args, field)
+        if name is not None and name not in self.reward_func_names:
+            raise ValueError(
+                f"`{field}` names the reward function {name!r}, which there is not: choose one of "
+                f"{', '.join(map(repr, self.reward_func_names))}."
+            )
+        return 0 if name is None else self.reward_func_names.index(name)
+
     def gather_flat(self, values: torch.Tensor) -> tuple[torch.Tensor, int]:
         """
         Gather tensors of different sizes, flattened and joined in the order of the processes.
@@ -299,6 +323,47 @@ class MethodTrainer(Hooks, GRPOTrainer):
             results += [logps[i, : len(c)] for i, c in enumerate(completions[start : start + size])]
         return results
 
+    def load_frozen_model(self, path: str):
+        """
+        Load a model that only scores tokens, prepared as TRL prepares its reference model.
+
+        Args:
+            path (`str`):
+                A local directory or an id on the Hub.
+
+        Returns:
+            [`~transformers.PreTrainedModel`]: for [`frozen_logps`].
+        """
+        model = create_model_from_path(path, dtype=self.accelerator.unwrap_model(self.model).dtype)
+        add_fused_lm_head(model, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(model, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(model, self.accelerator)
+        return self.accelerator.prepare_model(model.eval(), evaluation_mode=True)
+
+    def frozen_logps(self, rollouts: Rollouts, model=None) -> torch.Tensor:
+        """
+        Log-probabilities of the local rollouts under a frozen model, at the trainer's temperature.
+
+        Args:
+            rollouts ([`Rollouts`]):
+                A generation.
+            model ([`~transformers.PreTrainedModel`], *optional*):
+                From [`load_frozen_model`]; by default the policy with its LoRA adapter switched off.
+
+        Returns:
+            `torch.Tensor`: Shape `(n, T)`.
+        """
+        ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1)
+        masks = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)
+        size, keep = self.args.per_device_train_batch_size, rollouts.completion_ids.shape[1]
+        policy = self.accelerator.unwrap_model(self.model)
+        with torch.no_grad(), contextlib.nullcontext() if model is not None else policy.disable_adapter():
+            return super()._get_per_token_logps_and_entropies(
+                self.model if model is None else model, ids, masks, keep, batch_size=size
+            )[0]
+
     # ------------------------------------------------------------------------------------- prompts and rollouts
 
     def get_train_dataloader(self):
@@ -333,7 +398,12 @@ class MethodTrainer(Hooks, GRPOTrainer):
             raise ValueError(
                 f"{name} keeps groups in one micro-batch, so every prompt needs `num_generations` rollouts."
             )
-        return rows.repeat_interleave(budgets), torch.arange(n).repeat_interleave(budgets)
+        group_ids = torch.arange(n).repeat_interleave(budgets)
+        if budgets.unique().numel() > 1:  # hard prompts have long answers, so no process may get most of them
+            group_ids = group_ids[
+                torch.randperm(size, generator=make_generator(self.args.seed, "rows", self._generation))
+            ]
+        return rows[group_ids], group_ids
 
     def _generate_and_score_completions(self, inputs):
         training, everything = self.model.training, None
@@ -370,10 +440,11 @@ class MethodTrainer(Hooks, GRPOTrainer):
         output["rewards"] = rollouts.rewards[rollouts.local]
         output["row_ids"] = torch.arange(len(rollouts), device=group_ids.device)[rollouts.local]
         if training:
+            rollouts = self._select(rollouts, output)
             self.observe(rollouts)
             self._generation += 1
             self._metrics["train"]["num_rollouts"] = [self._rollouts_spent]
-            self._select(rollouts, output)
+        output |= {f"{CARRIED}{name}": value for name, value in self.carry(rollouts).items()}
         self._relog(rollouts)
         return output
 
@@ -480,10 +551,10 @@ class MethodTrainer(Hooks, GRPOTrainer):
         lengths, truncated = gather(facts).unbind(1)
         return lengths, truncated.bool()
 
-    def _select(self, rollouts: Rollouts, output) -> None:
+    def _select(self, rollouts: Rollouts, output) -> Rollouts:
         """Mark which rows and tokens are trained on; `_rearrange` then drops the others."""
         if not self._overrides("select_rollouts", "token_mask"):
-            return
+            return rollouts
         selected = self.select_rollouts(rollouts).to(rollouts.group_ids.device)
         if selected.shape != (len(rollouts),) or selected.dtype != torch.bool:
             raise ValueError(
@@ -495,10 +566,12 @@ class MethodTrainer(Hooks, GRPOTrainer):
         kept = selected[rollouts.local]
         if tokens is not None:
             tool_mask = output.get("tool_mask", torch.ones_like(output["completion_mask"]))
+            output["model_mask"] = output["completion_mask"] * tool_mask
             output["tool_mask"] = tool_mask * tokens.to(tool_mask.dtype)
             kept = kept & (output["completion_mask"] * output["tool_mask"]).any(dim=1)
         output["kept"] = kept
         self.log_metric("kept_rollouts", gather(kept.float()).mean())
+        return rollouts
 
     def _collect(self, output, prompt_index, group_ids, training) -> Rollouts:
         device, captured = self.accelerator.device, self._captured
@@ -644,8 +717,9 @@ class MethodTrainer(Hooks, GRPOTrainer):
         batches = []
         for rows in chosen:
             batch = take_rows(merged, rows + [0] * (size - len(rows)))
-            for name in ("tool_mask", "advantages") if len(rows) < size else ():
-                batch[name][len(rows) :] = 0
+            for name in ("tool_mask", "model_mask", "advantages") if len(rows) < size else ():
+                if name in batch:
+                    batch[name][len(rows) :] = 0
             batches.append(trim(batch))
         items = sum((masked(batch).sum() for batch in batches), torch.zeros((), device=device, dtype=torch.long))
         items = gather(items.view(1)).sum()
@@ -721,7 +795,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
                 self._metrics[mode]["policy_loss"][-1] += gather(policy_loss.detach() / scale).nanmean().item()
         for name, value in self.regularizers(tokens).items():
             total = total + value / accumulation
-            self.log_token_metric(f"{name}_loss", value, torch.ones_like(value))
+            self.log_token_metric(name, value, torch.ones_like(value))
         self._flush_token_metrics()
         return total
 
@@ -744,6 +818,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
             entropies=entropies,
             advantages=advantages,
             mask=mask,
+            model_mask=inputs.get("model_mask", mask),
             token_ids=inputs["completion_ids"],
             group_ids=inputs["group_ids"],
             prompt_index=inputs["prompt_index"],
@@ -751,9 +826,11 @@ class MethodTrainer(Hooks, GRPOTrainer):
             row_ids=inputs["row_ids"],
             items=inputs["num_items_in_batch"].clamp(min=1.0) / parts,
             rows=max(rows, 1e-9),
+            parts=parts,
             step=self.state.global_step,
             micro_step=self._step,
             training=self.model.training,
+            carried={key.removeprefix(CARRIED): inputs[key] for key in inputs if key.startswith(CARRIED)},
         )
         tokens = tokens.replace(log_ratio=self.log_ratio(tokens))
         low, high = self.clip_range(tokens)
