@@ -1,0 +1,141 @@
+"""Every pair of methods trains and resumes, or is refused with a reason; so do the mixes of three that people want."""
+
+import itertools
+import shutil
+
+import pytest
+import torch
+from harness import POLICY_PATH, arithmetic, difference, parameters, train
+from transformers import AutoModelForCausalLM
+
+from trl_ext import MixingError, mix
+from trl_ext.core.mixing import list_methods
+
+
+METHODS = list_methods()
+PAIRS = list(itertools.combinations(METHODS, 2))
+# Pairs that train. The number may not fall.
+TRAINING_PAIRS = 58
+HINTS = {"knowledge": ["carry"], "planning": ["units first"], "solution": ["add"]}
+# What makes each method act within two generations of 16 rollouts.
+ACTING = {
+    "clip_cov": {"clip_cov_ratio": 0.2, "clip_cov_low": 1e-3},
+    "d3s": {"d3s_n_final": 2, "d3s_k_final": 0.5, "d3s_k_init": 0.5},
+    "grpo_lambda": {"lambda_top": 1.0},
+    "kdrl": {"kd_beta_init": 0.5},
+    "kl_cov": {"kl_cov_ratio": 0.2},
+    "knapsack_rl": {"knapsack_min_history": 1, "knapsack_zero_rollouts": 1},
+    "llds": {"llds_coef": 2.0},
+    "scaf_grpo": {"scaf_exempt_steps": 0},
+    "spo": {"spo_offline_n": 0},
+}
+
+
+def sparse(completions, **kwargs):
+    return [float(sum(map(ord, text)) % 3 == 0) for text in completions]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("teacher") / "model")
+    shutil.copytree(POLICY_PATH, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+def run(names, teacher, **settings):
+    trainer, config = mix(*names)
+    for name in names:
+        settings = ACTING.get(name, {}) | settings
+    if "kdrl" in names:
+        settings["kd_teacher"] = teacher
+    data = arithmetic().select(range(4))
+    for column, hints in HINTS.items():
+        data = data.add_column(column, [hints] * 4)
+    settings = {"num_generations": 4, "num_iterations": 2, "max_steps": 4} | settings
+    return train(trainer, config, data=data, rewards=sparse, per_device_train_batch_size=16, **settings)
+
+
+@pytest.fixture(scope="module")
+def alone(teacher):
+    cache = {}
+
+    def get(name):
+        if name not in cache:
+            cache[name] = run([name], teacher)
+        return cache[name]
+
+    return get
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def check(names, teacher, alone, folder):
+    """Whether the mix trains; if not, the refusal must name the methods and the reason."""
+    try:
+        classes = mix(*names)
+    except MixingError as error:
+        involved = [name for name in names if mix(name).Trainer.__name__ in str(error)]
+        assert len(involved) >= 2, str(error)
+        return False
+    assert mix(*reversed(names)) == classes
+    whole = run(names, teacher, out=folder, save_strategy="steps", save_steps=3)
+    assert all(p.isfinite().all() for p in parameters(whole).values())
+    for name in names:
+        assert difference(whole, alone(name)) > 0, f"{names} trains as {name} alone does"
+    resumed = run(names, teacher, out=folder, resume=str(folder / "checkpoint-3"))
+    assert difference(whole, resumed) == 0.0
+    return True
+
+
+# One pair at least for every method, and for every pair of joints that interact.
+REPRESENTATIVE = [
+    ("clip_cov", "spo"),
+    ("clip_cov", "kl_cov"),
+    ("d3s", "disco"),
+    ("d3s", "empg"),
+    ("dynamic_sampling", "grpo_lambda"),
+    ("dynamic_sampling", "spo"),
+    ("empg", "knapsack_rl"),
+    ("kdrl", "scaf_grpo"),
+    ("kl_cov", "llds"),
+]
+
+
+@pytest.mark.parametrize("names", REPRESENTATIVE, ids="+".join)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_representative_pairs(names, teacher, alone, tmp_path):
+    assert check(names, teacher, alone, tmp_path) == (names not in REFUSED)
+
+
+REFUSED = {("clip_cov", "kl_cov"), ("dynamic_sampling", "spo")}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("spo", "clip_cov", "kdrl"), ("knapsack_rl", "empg", "llds"), ("dynamic_sampling", "d3s", "clip_cov")],
+    ids="+".join,
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_mixes_of_three(names, teacher, alone, tmp_path):
+    assert check(names, teacher, alone, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_pair(teacher, alone, tmp_path, capsys):
+    trained, refused, failures = [], [], []
+    for names in PAIRS:
+        try:
+            (trained if check(names, teacher, alone, tmp_path / "+".join(names)) else refused).append(names)
+        except Exception as error:
+            failures.append((names, f"{type(error).__name__}: {error}"[:300]))
+        shutil.rmtree(tmp_path / "+".join(names), ignore_errors=True)
+    with capsys.disabled():
+        print(f"\n{len(trained)} of {len(PAIRS)} pairs train and resume; refused: {', '.join(map('+'.join, refused))}")
+    assert not failures, "\n".join(f"{'+'.join(names)}: {text}" for names, text in failures)
+    assert len(trained) >= TRAINING_PAIRS
