@@ -23,6 +23,10 @@ def digit_reward(completions, **kwargs):
     return [float(text[:1] in "13579") for text in completions]
 
 
+def rare_reward(completions, **kwargs):
+    return [float(text[:1] == "7") for text in completions]
+
+
 def recording(base):
     """The trainer class with a record of what its hooks saw."""
 
@@ -44,6 +48,11 @@ def recording(base):
             )
 
     return Recording
+
+
+def hinted(rows):
+    data = arithmetic().select(range(rows))
+    return data.add_column("solution", [["add", "units first"]] * rows)
 
 
 class DroppingTrainer(MethodTrainer):
@@ -87,6 +96,28 @@ CASES = {
         {"clip_cov_scope": "global", "clip_cov_ratio": 0.2, "clip_cov_low": 0.01},
     ),
     "kl_cov global": (mix("kl_cov").Trainer, {"kl_cov_scope": "global", "kl_cov_ratio": 0.2}),
+    "grpo_lambda": (mix("grpo_lambda").Trainer, {"lambda_top": 0.5}),
+    "dynamic_sampling": (mix("dynamic_sampling").Trainer, {}),
+    "knapsack_rl": (
+        mix("knapsack_rl").Trainer,
+        {"rows": 4, "knapsack_min_history": 1, "knapsack_zero_rollouts": 1},
+    ),
+    "empg": (mix("empg").Trainer, {}),
+    "d3s": (mix("d3s").Trainer, {"d3s_n_final": 2, "d3s_k_init": 0.5}),
+    "d3s within": (mix("d3s").Trainer, {"d3s_level": "within", "d3s_k_init": 0.5, "loss_type": "grpo"}),
+    # The constraint looks at the divergence of each process's micro-batch, as in the authors' code.
+    "disco": (mix("disco").Trainer, {"disco_beta": 0.0, "num_iterations": 2}),
+    "llds": (mix("llds").Trainer, {"num_iterations": 2}),
+    "kdrl": (mix("kdrl").Trainer, {"kd_teacher": POLICY_PATH, "kd_beta_init": 0.5, "num_iterations": 2}),
+    "scaf_grpo": (mix("scaf_grpo").Trainer, {"scaf_exempt_steps": 0, "rewards": rare_reward}),
+    "knapsack_rl + empg + llds": (
+        mix("knapsack_rl", "empg", "llds").Trainer,
+        {"rows": 4, "knapsack_min_history": 1, "num_iterations": 2},
+    ),
+    "dynamic_sampling + d3s + clip_cov": (
+        mix("dynamic_sampling", "d3s", "clip_cov").Trainer,
+        {"clip_cov_scope": "global", "clip_cov_ratio": 0.2, "clip_cov_low": 0.01},
+    ),
     "clip_cov + spo": (
         mix("clip_cov", "spo").Trainer,
         {"clip_cov_scope": "global", "clip_cov_ratio": 0.2, "clip_cov_low": 0.01, "spo_offline_n": 0},
@@ -97,13 +128,14 @@ CASES = {
 def main(folder: str) -> None:
     processes = int(os.environ["WORLD_SIZE"])
     for name, (cls, settings) in CASES.items():
+        settings = dict(settings)
         trainer = train(
             recording(cls),
             cls.config_class,
             # In double precision, so that a difference is an error and not the order of a sum.
             model=AutoModelForCausalLM.from_pretrained(POLICY_PATH, dtype=torch.float64),
-            data=arithmetic().select(range(24)),
-            rewards=digit_reward,
+            data=hinted(settings.pop("rows", 24)),
+            rewards=settings.pop("rewards", digit_reward),
             rollout_func=scripted,
             optim="sgd",
             learning_rate=0.05,

@@ -845,7 +845,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
             # TRL adds everything but the surrogate: KL, entropy bonus, auxiliary loss and their metrics. A zero
             # advantage silences its surrogate, a ratio of 1 keeps 0 * inf out (its KL correction wants the true one).
             inputs["advantages"] = torch.zeros_like(inputs["advantages"])
-            if not self.args.use_bias_correction_kl:
+            if not (self.beta and self.args.use_bias_correction_kl):
                 inputs["old_per_token_logps"] = logps.detach()
             return
         weights = self.token_weights(tokens)
