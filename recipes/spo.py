@@ -1,0 +1,26 @@
+# /// script
+# dependencies = [
+#     "trl-ext[reasoning,math]",
+# ]
+# ///
+"""
+Single-stream training: one rollout per prompt, no groups ([SPO](https://huggingface.co/papers/2509.13232)).
+
+Use it where a group of rollouts per prompt is wasteful: every rollout of a batch belongs to another prompt, and none
+is lost to a group whose rewards are all equal.
+
+```bash
+accelerate launch recipes/spo.py
+accelerate launch recipes/spo.py --dataset reasoning_gym:chain_sum --model_name_or_path Qwen/Qwen3-0.6B
+```
+
+Expect, with the embedded policy and sums on a CPU (two cores, under two minutes): held-out accuracy from 39% to 55%;
+over seeds 1, 2, 3 it rose by 17.2, 15.1 and 15.2 points, each +- 5 (95%). `recipes/train.py`, GRPO with as many
+rollouts per step, rose by 14.1, 12.2 and 11.6 points, but SPO spends another 16,000 rollouts on its first estimates.
+"""
+
+from trl_ext.recipe import main
+
+
+if __name__ == "__main__":
+    main(methods=["spo"])

@@ -1,0 +1,29 @@
+# /// script
+# dependencies = [
+#     "trl-ext[reasoning,math]",
+# ]
+# ///
+"""
+Train with any method, any mix of methods, or none (GRPO as TRL has it).
+
+Usage, from one command on a laptop to a model of your own:
+
+```bash
+accelerate launch recipes/train.py                                  # GRPO, embedded policy and sums
+accelerate launch recipes/train.py --methods clip_cov spo           # a mix
+accelerate launch --config_file recipes/accelerate/zero3.yaml recipes/train.py \
+    --methods spo --paper --model_name_or_path Qwen/Qwen3-8B --dataset my_prompts.jsonl --rewards accuracy_reward
+```
+
+`--help` lists the options of the methods that are named beside it.
+
+Expect from the first command (two CPU cores, about a minute): held-out accuracy from 39% to 52%; over seeds 1, 2, 3 it
+rose by 14.1, 12.2 and 11.6 points, each +- 5 (95%). With `--dataset reasoning_gym:chain_sum` and the `task_config` in
+`recipes/README.md` (several minutes, seed 1): from 15% to 24%, +9.0 +- 4.2 points.
+"""
+
+from trl_ext.recipe import main
+
+
+if __name__ == "__main__":
+    main()
