@@ -26,7 +26,7 @@ from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantiz
 from .core import MethodConfig, MethodTrainer, MixingError, mix
 from .core.mixing import Mix
 from .tasks.data import load_data, load_rewards
-from .tasks.embedded import POLICY_PATH
+from .tasks.embedded import POLICY_PATH, TRAIN_SIZE
 
 
 # Settings of a run with the embedded policy: one to two minutes on two CPU cores.
@@ -39,6 +39,7 @@ EMBEDDED = {
     "bf16": False,
     "logging_steps": 5,
     "logging_first_step": True,
+    "spo_offline_n": 2,  # of 4,500 prompts; the paper's 8 would cost more rollouts than the training
 }
 
 
@@ -60,7 +61,7 @@ class RecipeArguments:
             Split to train on.
         dataset_test_split (`str`, *optional*):
             Held-out split; by default what the data holds out, or a tenth of the training prompts.
-        dataset_size (`int`, *optional*, defaults to `2000`):
+        dataset_size (`int`, *optional*, defaults to `4500`):
             Number of training prompts where they are made.
         prompt_column (`str`, *optional*, defaults to `"prompt"`):
             Column that holds the prompts.
@@ -85,7 +86,7 @@ class RecipeArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(default=None, metadata={"help": "Held-out split."})
-    dataset_size: int = field(default=2000, metadata={"help": "Number of training prompts where they are made."})
+    dataset_size: int = field(default=TRAIN_SIZE, metadata={"help": "Number of training prompts where they are made."})
     prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompts."})
     conversational: bool = field(default=False, metadata={"help": "Turn plain prompts into a user message."})
     task_config: dict | str | None = field(
@@ -200,7 +201,9 @@ def parse(
     if below["use_cpu"]:
         below["bf16"] = False
     if is_embedded(everything.setdefault("model_name_or_path", POLICY_PATH)):
-        below |= EMBEDDED | {"model_name_or_path": POLICY_PATH}
+        known = {action.dest for action in parser._actions}
+        below |= {name: value for name, value in EMBEDDED.items() if name in known}
+        below["model_name_or_path"] = POLICY_PATH
         if "num_train_epochs" in everything:
             del below["max_steps"]
     parser.set_defaults_with_config(**below | settings | {"methods": chosen})
@@ -235,7 +238,8 @@ def _mapping(content, option: str, path: str | None) -> dict:
 
 def _paper_settings(method: str) -> tuple[dict, str]:
     name = f"{method}.yaml"
-    folders = (Path(sys.argv[0]).resolve().parent / "configs", Path(__file__).resolve().parents[1] / "recipes/configs")
+    package = Path(__file__).resolve().parent  # a wheel holds the files too
+    folders = (Path(sys.argv[0]).resolve().parent / "configs", package.parent / "recipes/configs", package / "configs")
     for folder in folders:
         if (folder / name).is_file():
             return _read_yaml(str(folder / name), "paper"), name
@@ -428,7 +432,7 @@ def _summary(trainer, parsed: Parsed, before: _Before, after, seconds: float, co
         "processes": trainer.accelerator.num_processes,
         "start_step": before.step,
         "steps": trainer.state.global_step,
-        "rollouts": trainer._rollouts_spent,
+        "rollouts": trainer.rollouts_spent,
         "minutes": seconds / 60,
         "metric": None,
         "eval_prompts": 0,

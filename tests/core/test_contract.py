@@ -1,6 +1,6 @@
 """
-What the engine relies on in TRL. Each test names the seam; `CONTRIBUTING.md` says what to do when one fails after a TRL
-release.
+What the engine relies on in TRL. Each test names the seam; `CONTRIBUTING.md` says what to do when one fails after a
+TRL release.
 """
 
 import inspect

@@ -344,7 +344,7 @@ def test_regularizers_are_added_logged_and_independent_of_the_split(split):
             weight = next(p for p in self.model.parameters() if p.requires_grad)
             return super().regularizers(tokens) | {"fake/term": 0.5 * (weight**2).sum()}
 
-    plain, without = one_sgd_step(MethodTrainer, **split)
+    _, without = one_sgd_step(MethodTrainer, **split)
     trainer, change = one_sgd_step(Regularized, **split)
     start = parameters(build(MethodTrainer))
     name = next(iter(start))

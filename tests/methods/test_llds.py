@@ -98,7 +98,7 @@ def test_answers():
     with pytest.raises(ValueError, match=r"trainer.answer_mask"):
         train(LLDSTrainer, llds_answer_weight="0.5", num_iterations=2)
     trainer = build(LLDSTrainer, llds_answer_weight="schedule", num_iterations=2)
-    trainer.answer_mask = lambda ids: torch.ones_like(ids)
+    trainer.answer_mask = torch.ones_like
     trainer.train()  # without tool calls the schedule gives answers no weight, and here all is answer
     assert all(log["llds/loss"] == 0 for log in trainer.state.log_history[:-1])
 

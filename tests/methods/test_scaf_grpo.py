@@ -129,7 +129,7 @@ def test_exempt_steps_are_plain_grpo():
 
 def test_rows_without_hints_are_left_alone():
     data = hinted_data()
-    data = data.map(lambda row: {column: None for column in HINTS})
+    data = data.map(lambda row: dict.fromkeys(HINTS))
     trainer = run(data=data)
     assert len(trainer.asked) == 1 and trainer.seen[0].rewards.sum() == 0
 

@@ -51,7 +51,7 @@ def hub(monkeypatch):
 class TestArithmetic:
     def test_is_the_default(self):
         task = load_data()
-        assert (task.name, len(task.train), len(task.test), task.rewards) == ("arithmetic", 2000, 500, [exact_match])
+        assert (task.name, len(task.train), len(task.test), task.rewards) == ("arithmetic", 4500, 500, [exact_match])
         assert task.train.to_dict() == arithmetic("train").to_dict()
         assert task.test.to_dict() == arithmetic("test").to_dict()
 

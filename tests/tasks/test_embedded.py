@@ -155,7 +155,7 @@ class TestPolicy:
 
 class TestArithmetic:
     def test_rows(self):
-        for split, rows in (("train", 2000), ("test", 500)):
+        for split, rows in (("train", 4500), ("test", 500)):
             data = arithmetic(split)
             assert data.column_names == ["prompt", "answer"]
             assert len(data) == rows
@@ -170,7 +170,7 @@ class TestArithmetic:
             return [frozenset(prompt[:-1].split("+")) for prompt in arithmetic(split, seed=seed)["prompt"]]
 
         train, test = pairs("train"), pairs("test")
-        assert len(set(train)) == 2000
+        assert len(set(train)) == 4500
         assert len(set(test)) == 500
         assert not set(train) & set(test)
 

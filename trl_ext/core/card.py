@@ -19,7 +19,7 @@ def add_methods(trainer) -> None:
             The trainer.
     """
     methods = [cls for cls in mixing.methods_of(type(trainer)) if "_paper" in cls.__dict__]
-    lines = ["", "## Methods", "", f"Trained with [trl-ext](https://pypi.org/project/trl-ext/) {version('trl-ext')}."]
+    lines = ["", "## Methods", "", f"Trained with trl-ext {version('trl-ext')}."]
     if methods:
         lines += ["", "| method | paper | joints of the step it changes |", "|---|---|---|"]
     for cls in methods:
@@ -38,7 +38,20 @@ def add_methods(trainer) -> None:
 
 
 # Where a run wrote and logged says nothing about the model.
-_PLACES = {"output_dir", "logging_dir", "run_name", "hub_token", "push_to_hub", "hub_model_id", "report_to", "use_cpu"}
+_PLACES = {
+    "output_dir",
+    "logging_dir",
+    "run_name",
+    "hub_token",
+    "push_to_hub",
+    "hub_model_id",
+    "report_to",
+    "use_cpu",
+    "disable_tqdm",
+    "logging_steps",
+    "logging_first_step",
+    "resume_from_checkpoint",
+}
 
 
 def changed_settings(args: GRPOConfig) -> dict:
@@ -52,7 +65,8 @@ def changed_settings(args: GRPOConfig) -> dict:
     Returns:
         `dict`: value by name; a method's own fields are all in it.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
+    # An instance, since many defaults are only made when one is built.
+    defaults = vars(GRPOConfig(args.output_dir, use_cpu=args.use_cpu, bf16=args.bf16))
     names = [field.name for field in dataclasses.fields(args) if field.init and field.name not in _PLACES]
     values = {name: getattr(args, name) for name in names}
     plain = (bool, int, float, str, list, type(None))

@@ -117,15 +117,15 @@ class MethodTrainer(Hooks, GRPOTrainer):
             "compute_advantages" in c.__dict__.get("replaces", ()) + c.ignores for c in mixing.methods_of(cls)
         ):
             raise ValueError(
-                f"`num_generations` is 1, but {cls.__name__} compares the rollouts of a prompt with each other: set it "
-                "to at least 2, or mix in a method with a baseline of its own, such as SPO."
+                f"`num_generations` is 1, but {cls.__name__} compares the rollouts of a prompt with each other: set "
+                "it to at least 2, or mix in a method with a baseline of its own, such as SPO."
             )
         if isinstance(train_dataset, IterableDataset):
             by_index = ("more_rollouts", "choose_prompts", "prompt_weights", "prompt_budgets", "observe", "prepare")
             if used := [hook for hook in by_index if self._overrides(hook)]:
                 raise ValueError(
-                    f"`train_dataset` is an IterableDataset, but {cls.__name__} overrides `{used[0]}`, which needs rows "
-                    "by index: pass a `Dataset` (for example `Dataset.from_list(list(stream))`)."
+                    f"`train_dataset` is an IterableDataset, but {cls.__name__} overrides `{used[0]}`, which needs "
+                    "rows by index: pass a `Dataset` (for example `Dataset.from_list(list(stream))`)."
                 )
         elif isinstance(train_dataset, Dataset):
             chunk = args.generation_batch_size // args.num_generations
@@ -152,7 +152,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
                 raise ValueError(f"`delta` bounds TRL's surrogate, which {cls.__name__} replaces: leave it unset.")
         if self.whole_groups and args.per_device_train_batch_size % args.num_generations:
             raise ValueError(
-                f"{cls.__name__} compares the rollouts of a prompt inside a micro-batch: `per_device_train_batch_size` "
+                f"{cls.__name__} compares the rollouts of a prompt in a micro-batch: `per_device_train_batch_size` "
                 f"({args.per_device_train_batch_size}) must be a multiple of `num_generations` "
                 f"({args.num_generations})."
             )
@@ -201,6 +201,11 @@ class MethodTrainer(Hooks, GRPOTrainer):
                 Local scalars.
         """
         self._token_metrics[name] = (numerator.detach().float(), torch.as_tensor(denominator).detach().float())
+
+    @property
+    def rollouts_spent(self) -> int:
+        """Rollouts generated so far for training: those of all steps and those outside, over all processes."""
+        return self._rollouts_spent
 
     def reward_column(self, field: str) -> int:
         """
@@ -265,9 +270,9 @@ class MethodTrainer(Hooks, GRPOTrainer):
             return torch.zeros(len(rows), n, len(self.reward_funcs))
         examples = torch.as_tensor(rows).repeat_interleave(n)
         count, processes = len(examples), self.accelerator.num_processes
-        share = min(
-            self.args.per_device_train_batch_size * self.args.steps_per_generation, -(-count // processes)
-        )  # as many rows at once as a training generation has, which is known to fit
+        # As many rows at once as a training generation has, which is known to fit, and evenly.
+        most = self.args.per_device_train_batch_size * self.args.steps_per_generation * processes
+        share = -(-count // (-(-count // most) * processes))
         padding = -count % (share * processes)
         examples = torch.cat([examples, examples[:1].expand(padding)])
         results = []
@@ -385,8 +390,8 @@ class MethodTrainer(Hooks, GRPOTrainer):
         name = type(self).__name__
         if rows.shape != (n,) or rows.min() < 0 or rows.max() >= len(self.train_dataset):
             raise ValueError(
-                f"{name}.choose_prompts must return {n} rows between 0 and {len(self.train_dataset) - 1}, got a tensor "
-                f"of shape {tuple(rows.shape)} from {rows.min().item()} to {rows.max().item()}."
+                f"{name}.choose_prompts must return {n} rows between 0 and {len(self.train_dataset) - 1}, got a "
+                f"tensor of shape {tuple(rows.shape)} from {rows.min().item()} to {rows.max().item()}."
             )
         budgets = torch.as_tensor(self.prompt_budgets(rows)).cpu()
         if budgets.shape != (n,) or budgets.min() < 0 or budgets.sum() != size:

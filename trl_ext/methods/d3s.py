@@ -223,7 +223,7 @@ class D3STrainer(MethodTrainer):
     def __init__(self, model, reward_funcs=None, args=None, *more, **kwargs):
         if args is not None and args.top_entropy_quantile < 1.0:
             raise ValueError(
-                f"`top_entropy_quantile` is {args.top_entropy_quantile}, but D3S selects tokens itself: leave it at 1.0."
+                f"`top_entropy_quantile` is {args.top_entropy_quantile}, but D3S selects tokens: leave it at 1.0."
             )
         super().__init__(model, reward_funcs, args, *more, **kwargs)
 

@@ -92,7 +92,7 @@ def pick_groups(valid: torch.Tensor, wanted: int, on_exhausted: str = "fill") ->
         return found
     if on_exhausted == "error":
         raise RuntimeError(
-            f"only {len(found)} of {wanted} groups with a signal after `ds_max_num_gen_batches` rounds: raise the bound, "
+            f"only {len(found)} of {wanted} groups with a signal after `ds_max_num_gen_batches` rounds: raise it, "
             "use easier or harder prompts, or set `ds_on_exhausted='fill'`."
         )
     if on_exhausted == "first":

@@ -144,8 +144,8 @@ class GRPOLambdaTrainer(MethodTrainer):
         self.lambda_column = self.reward_column("lambda_correctness_reward")
         if self.args.lambda_top > 0 and self.args.generation_batch_size == self.args.num_generations:
             warnings.warn(
-                "A generation holds a single group, which is always among the best: GRPO-lambda becomes a plain length "
-                "penalty. Raise `generation_batch_size`.",
+                "A generation holds a single group, which is always among the best: GRPO-lambda becomes a plain "
+                "length penalty. Raise `generation_batch_size`.",
                 stacklevel=2,
             )
 

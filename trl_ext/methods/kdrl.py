@@ -170,13 +170,11 @@ class KDRLTrainer(MethodTrainer):
         args = self.args
         self.kd_column = self.reward_column("kd_correct_reward")
         if args.kd_teacher is None:
-            raise ValueError(
-                "`kd_teacher` must be given: a path, a Hub id, or 'base' for the policy without its LoRA."
-            )
+            raise ValueError("`kd_teacher` must be given: a path, a Hub id, or 'base' (the policy without LoRA).")
         if args.beta != 0.0:
             warnings.warn(
-                f"`beta` is {args.beta}: KDRL replaces the KL term to the initial policy by that to the teacher; leave "
-                "`beta` at 0 for the paper's objective.",
+                f"`beta` is {args.beta}: KDRL replaces the KL term to the initial policy by one to the teacher; "
+                "leave `beta` at 0 for the paper's objective.",
                 stacklevel=2,
             )
         if not strictly_on_policy(args):

@@ -31,7 +31,7 @@ class KnapsackRLConfig(MethodConfig):
         knapsack_fallback (`bool`, *optional*, defaults to `True`):
             Whether the surplus goes to unsolved prompts.
         knapsack_advantage_clip (`float`, *optional*, defaults to `5.0`):
-            Bound of the advantages' size, since one success among many rollouts would weigh heavily; None for no bound.
+            Bound of the advantages' size, since one success among many rollouts would weigh a lot; None for no bound.
         knapsack_success_threshold (`float`, *optional*, defaults to `0.5`):
             A rollout is a success if its reward is above.
     """

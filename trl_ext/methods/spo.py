@@ -31,8 +31,10 @@ class SPOConfig(MethodConfig):
             Power of the evidence by which sampling weights are divided (in the paper, not in the code).
         spo_adv_eps (`float`, *optional*, defaults to `1e-8`):
             Added to the standard deviation of the advantages.
-        spo_reward_min (`float`, *optional*, defaults to `0.0`), spo_reward_max (`float`, *optional*, defaults to `1.0`):
-            Range of the (weighted sum of) rewards, mapped to [0, 1].
+        spo_reward_min (`float`, *optional*, defaults to `0.0`):
+            Lowest reward.
+        spo_reward_max (`float`, *optional*, defaults to `1.0`):
+            Highest reward. The (weighted sum of) rewards is mapped from this range to [0, 1].
     """
 
     num_generations: int = field(default=1, metadata={"help": "Rollouts per prompt; SPO needs no group."})
@@ -108,8 +110,10 @@ def spo_rho(drift: torch.Tensor, d_half: float = 0.06, rho_min: float = 0.875, r
     Args:
         drift (`torch.Tensor`):
             Drift of each prompt; 0 at a first visit, which therefore keeps `rho_max`.
-        d_half (`float`, *optional*, defaults to `0.06`), rho_min (`float`, *optional*, defaults to `0.875`), rho_max (`float`, *optional*, defaults to `0.96`):
-            Half-life and bounds.
+        d_half (`float`, *optional*, defaults to `0.06`):
+            Drift at which half survives.
+        rho_min (`float`, *optional*, defaults to `0.875`), rho_max (`float`, *optional*, defaults to `0.96`):
+            Bounds.
 
     Returns:
         `torch.Tensor`: Same shape.

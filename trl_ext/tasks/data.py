@@ -81,8 +81,8 @@ def load_data(
         test_split (`str`, *optional*):
             Held-out split of a Hub data set. By default a seeded tenth of the train split's unique prompts is held
             out. The embedded sums and reasoning_gym have their own held-out prompts, `"test"`.
-        size (`int`, *optional*, defaults to `2000`):
-            Number of train prompts of the embedded sums (at most 2,000) and of reasoning_gym tasks, which have a
+        size (`int`, *optional*, defaults to `4500`):
+            Number of train prompts of the embedded sums (at most 4,500) and of reasoning_gym tasks, which have a
             quarter as many, at most 500, held-out prompts. A task with fewer different questions gives what it has.
             Files and Hub data sets are taken whole.
         seed (`int`, *optional*, defaults to `0`):
@@ -105,7 +105,7 @@ def load_data(
 
     >>> task = load_data("arithmetic")
     >>> len(task.train), len(task.test)
-    (2000, 500)
+    (4500, 500)
     ```
     """
     if not isinstance(name, str) or not name.strip():

@@ -11,7 +11,7 @@ CHAIN_SUM_CONFIG = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits
 """Settings of reasoning_gym's `chain_sum` on which the tiny policy was warmed up."""
 
 MAX_NUMBER = 99
-TRAIN_SIZE = 2000
+TRAIN_SIZE = 4500
 TEST_SIZE = 500
 _TEST_SEED = 20_240  # the test split never changes, so that the warm-up can leave it out
 
@@ -30,7 +30,7 @@ def arithmetic(split: str = "train", conversational: bool = False, seed: int = 0
 
     Args:
         split (`str`, *optional*, defaults to `"train"`):
-            `"train"` (2,000 rows) or `"test"` (500 rows, left out of the sums on which the tiny policy was warmed up).
+            `"train"` (4,500 rows) or `"test"` (500 rows, left out of the sums on which the tiny policy was warmed up).
         conversational (`bool`, *optional*, defaults to `False`):
             Whether each prompt is a list with one user message instead of plain text.
         seed (`int`, *optional*, defaults to `0`):

@@ -1,0 +1,237 @@
+"""
+What each method costs against plain TRL: step time, interleaved in one process, and peak memory of live tensors, one
+fresh process per method. Prints a table and writes `benchmarks/results/<time|memory>.json`.
+
+```bash
+python benchmarks/cost.py time [method ...]      # names as in trl_ext.mix; "a+b" is a mix
+python benchmarks/cost.py memory [method ...]
+```
+
+Only the ratios mean anything: both sides of each come from the same run on the same machine.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import weakref
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_ext import MethodConfig, MethodTrainer, mix
+from trl_ext.core.mixing import list_methods
+from trl_ext.tasks import POLICY_PATH, arithmetic, exact_match
+
+
+RESULTS = Path(__file__).parent / "results"
+HINTS = ["add the units", "carry"]
+# What a method cannot do without, and settings that keep one-off costs out of the steps.
+SETTINGS = {
+    "kdrl": {"kd_teacher": POLICY_PATH},
+    "scaf_grpo": {"scaf_exempt_steps": 0},
+    "spo": {"spo_offline_n": 0},
+    "spo constant": {"spo_offline_n": 0, "spo_rho_mode": "constant"},
+}
+OFF_POLICY = {"kl_cov", "llds"}
+
+
+def classes(name):
+    if name == "trl":
+        return GRPOTrainer, GRPOConfig
+    if name == "neutral":
+        return MethodTrainer, MethodConfig
+    return mix(*name.split(" ")[0].split("+"))
+
+
+def build(name, folder, model=POLICY_PATH, data=None, **settings):
+    trainer_class, config_class = classes(name)
+    for part in name.split("+"):
+        settings |= SETTINGS.get(part, {})
+    args = config_class(
+        folder,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        seed=1,
+        **settings,
+    )
+    data = arithmetic() if data is None else data
+    data = data.add_column("solution", [HINTS] * len(data))
+    trainer = trainer_class(model, exact_match, args, data)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def measure_time(names, rounds, steps):
+    """Median step time of short runs in turn: plain TRL next to every method, in every round."""
+    ratios = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(rounds):
+            for name in names:
+                off_policy = {"num_iterations": 2} if name in OFF_POLICY else {}
+                pair = {}
+                for side in ("trl", name):
+                    trainer = build(
+                        side,
+                        folder,
+                        per_device_train_batch_size=64,
+                        max_completion_length=8,
+                        max_steps=steps,
+                        learning_rate=1e-5,
+                        **off_policy,
+                    )
+                    trainer.train()
+                    times = [log["step_time"] for log in trainer.state.log_history if "step_time" in log]
+                    pair[side] = statistics.fmean(sorted(times[4:])[: len(times[4:]) * 3 // 4])
+                ratios[name].append(pair[name] / pair["trl"])
+    return {name: {"median": statistics.median(v), "all": [round(x, 4) for x in v]} for name, v in ratios.items()}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensor storages that are alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.see(leaf.untyped_storage())
+        return result
+
+    def see(self, storage):
+        key = storage._cdata
+        if key not in self.known:
+            size = storage.nbytes()
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key, size)
+
+    def forget(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+def memory_of_one(name):
+    """Peak of live tensor bytes in the forward and backward passes of one step, beyond the model itself."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=32_768,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(POLICY_PATH).save_pretrained(folder)
+        Qwen2ForCausalLM(config).save_pretrained(folder)
+        SETTINGS["kdrl"] = {"kd_teacher": folder}
+
+        def long(prompts, trainer):
+            ids = trainer.processing_class(list(prompts))["input_ids"]
+            generator = torch.Generator().manual_seed(0)
+            completions = [torch.randint(10, 200, (512,), generator=generator).tolist() for _ in ids]
+            return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+
+        trainer_class, _ = classes(name)
+        peaks = []
+
+        class Measured(trainer_class):
+            def training_step(self, model, inputs, num_items_in_batch=None):
+                if self._buffered_inputs is None:
+                    model.train()
+                    self._prepare_inputs(inputs)  # generation and scoring apart
+                mode = LiveBytes()
+                with mode:
+                    loss = super().training_step(model, inputs, num_items_in_batch)
+                peaks.append(mode.peak)
+                return loss
+
+        Measured.__name__ = trainer_class.__name__
+        if trainer_class is not GRPOTrainer:
+            Measured.config_class = trainer_class.config_class
+        args = classes(name)[1](
+            folder,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            per_device_train_batch_size=8,
+            num_generations=4,
+            max_completion_length=512,
+            max_steps=2,
+            num_iterations=2,
+            **SETTINGS.get(name, {}),
+        )
+        data = Dataset.from_list(list(arithmetic().select(range(16)))).add_column("solution", [HINTS] * 16)
+        os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+        trainer = Measured(
+            folder, lambda completions, **kw: [float(i % 2) for i in range(8)], args, data, rollout_func=long
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return max(peaks)
+
+
+def measure_memory(names):
+    def run(name):
+        command = [sys.executable, __file__, "memory-of-one", name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return int(printed.strip().splitlines()[-1])
+
+    plain = run("trl")
+    peaks = {name: run(name) for name in names}
+    return {name: {"ratio": peak / plain, "bytes": peak, "bytes of trl": plain} for name, peak in peaks.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=["time", "memory", "memory-of-one"])
+    parser.add_argument("methods", nargs="*", help="default: neutral and all methods")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=24)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    names = options.methods or ["neutral", *list_methods(), "spo constant"]
+    if options.what == "memory-of-one":
+        print(memory_of_one(names[0]))
+        return
+    rows = measure_time(names, options.rounds, options.steps) if options.what == "time" else measure_memory(names)
+    RESULTS.mkdir(exist_ok=True)
+    versions = {name: version(name) for name in ("trl-ext", "trl", "transformers", "torch")}
+    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    path = RESULTS / f"{options.what}.json"
+    known = json.loads(path.read_text())["rows"] if path.exists() else {}
+    path.write_text(json.dumps({"versions": versions, **machine, "rows": known | rows}, indent=2) + "\n")
+    for name, row in rows.items():
+        print(f"{name:24} {row.get('median', row.get('ratio')):.3f}")
+
+
+if __name__ == "__main__":
+    main()
