@@ -12,13 +12,14 @@ import yaml
 from safetensors.torch import load_file
 from trl import ModelConfig
 
-from trl_ext import ClipCovConfig, KLCovConfig, MethodTrainer, SPOConfig, SPOTrainer, mix
+from trl_ext import MethodTrainer, SPOTrainer, mix
+from trl_ext.core.mixing import list_methods
 from trl_ext.recipe import EMBEDDED, RecipeArguments, estimate, evaluate, main, parse
 from trl_ext.tasks import POLICY_PATH, arithmetic
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-CONFIGS = {"spo": SPOConfig, "clip_cov": ClipCovConfig, "kl_cov": KLCovConfig}
+CONFIGS = {name: mix(name).Config for name in list_methods()}
 QUICK = ["--max_steps", "2", "--eval_prompts", "6", "--eval_samples", "2", "--disable_tqdm", "true"]
 QUICK += ["--save_strategy", "no", "--dataset_size", "128", "--output_dir", "out"]
 OTHER_MODEL = ["--model_name_or_path", "someone/model"]
@@ -49,7 +50,8 @@ class TestPrecedence:
         assert recipe.methods == [] and recipe.dataset == "arithmetic"
         assert model.model_name_or_path == POLICY_PATH
         for name, value in EMBEDDED.items():
-            assert getattr(args, name) == value
+            assert name == "spo_offline_n" or getattr(args, name) == value
+        assert parse(methods=["spo"], argv=[]).args.spo_offline_n == EMBEDDED["spo_offline_n"]
         assert args.output_dir == "runs/grpo"
         assert args.report_to == []
 

@@ -13,7 +13,7 @@ from trl_ext.tasks.build_tiny_policy import SPECIAL_TOKENS, accuracy, build_mode
 
 
 PRINTABLE = "".join(map(chr, range(32, 127)))
-TRAIN_START = ["55+45=", "57+51=", "61+3="]
+TRAIN_START = ["45+55=", "57+51=", "61+3="]
 TEST_START = ["59+56=", "52+80=", "31+97="]
 
 

@@ -47,6 +47,7 @@ _PLACES = {
     "hub_model_id",
     "report_to",
     "use_cpu",
+    "dataloader_pin_memory",
     "disable_tqdm",
     "logging_steps",
     "logging_first_step",
@@ -65,13 +66,18 @@ def changed_settings(args: GRPOConfig) -> dict:
     Returns:
         `dict`: value by name; a method's own fields are all in it.
     """
-    # An instance, since many defaults are only made when one is built.
-    defaults = vars(GRPOConfig(args.output_dir, use_cpu=args.use_cpu, bf16=args.bf16))
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(GRPOConfig)
+    }
     names = [field.name for field in dataclasses.fields(args) if field.init and field.name not in _PLACES]
     values = {name: getattr(args, name) for name in names}
     plain = (bool, int, float, str, list, type(None))
     return {
         name: value
         for name, value in values.items()
-        if isinstance(value, plain) and (name not in defaults or value != defaults[name]) and value is not None
+        if isinstance(value, plain)
+        and value is not None
+        # Empty is empty, whatever the type that a config makes of it.
+        and (name not in defaults or (value != defaults[name] and (value or defaults[name])))
     }
