@@ -374,6 +374,9 @@ class TestScripts:
             ("train.py", [], "MethodTrainer"),
             pytest.param("spo.py", ["--spo_offline_n", "1"], "SPOTrainer", marks=pytest.mark.slow),
             ("entropy_control.py", [], "ClipCovTrainer"),
+            pytest.param("spend_rollouts.py", [], "KnapsackRLTrainer", marks=pytest.mark.slow),
+            pytest.param("hints.py", [], "ScafGRPOTrainer", marks=pytest.mark.slow),
+            pytest.param("distill.py", ["--kd_teacher", POLICY_PATH], "KDRLTrainer", marks=pytest.mark.slow),
             pytest.param("entropy_control.py", ["--methods", "kl_cov"], "KLCovTrainer", marks=pytest.mark.slow),
         ],
     )

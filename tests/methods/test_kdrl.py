@@ -134,6 +134,8 @@ def test_bad_input(teacher, tmp_path):
         build(KDRLTrainer)
     with pytest.raises(ValueError, match="no LoRA adapter"):
         build(KDRLTrainer, kd_teacher="base")
+    with pytest.raises(ValueError, match="`kd_teacher` 'no/such-model' is neither"):
+        build(KDRLTrainer, kd_teacher="no/such-model")
     other = AutoTokenizer.from_pretrained(POLICY_PATH)
     other.add_tokens(["<another>"])
     shutil.copytree(teacher, tmp_path / "other")

@@ -190,7 +190,13 @@ class KDRLTrainer(MethodTrainer):
                     "`kd_teacher` is 'base', but the policy has no LoRA adapter to switch off: give a path."
                 )
             return
-        vocabulary = AutoTokenizer.from_pretrained(args.kd_teacher).get_vocab()
+        try:
+            vocabulary = AutoTokenizer.from_pretrained(args.kd_teacher).get_vocab()
+        except OSError as error:
+            raise ValueError(
+                f"`kd_teacher` {args.kd_teacher!r} is neither a model's directory nor a model that the Hub gives us: "
+                "correct it."
+            ) from error
         if vocabulary != self._tokenizer.get_vocab():
             raise ValueError(
                 f"`kd_teacher` {args.kd_teacher!r} has another vocabulary ({len(vocabulary)} tokens) than the policy "
