@@ -200,7 +200,8 @@ class MethodTrainer(Hooks, GRPOTrainer):
             numerator (`torch.Tensor`), denominator (`torch.Tensor`):
                 Local scalars.
         """
-        self._token_metrics[name] = (numerator.detach().float(), torch.as_tensor(denominator).detach().float())
+        pair = (torch.as_tensor(value).detach() for value in (numerator, denominator))
+        self._token_metrics[name] = tuple(value.to(self.accelerator.device, torch.float) for value in pair)
 
     @property
     def rollouts_spent(self) -> int:
@@ -307,6 +308,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
         Returns:
             `list[torch.Tensor]`: One tensor per completion, of its length, on the CPU.
         """
+        self._refuse_images()
         size, pad_id = self.args.per_device_train_batch_size, self._tokenizer.pad_token_id
         counts = torch.tensor([len(prompts)], device=self.accelerator.device)
         passes = -(-int(gather(counts).max()) // size)
@@ -327,6 +329,14 @@ class MethodTrainer(Hooks, GRPOTrainer):
             logps = logps.cpu()
             results += [logps[i, : len(c)] for i, c in enumerate(completions[start : start + size])]
         return results
+
+    def _refuse_images(self) -> None:
+        if self._is_vlm and self._indexed and {"image", "images"} & set(self.train_dataset.column_names):
+            raise ValueError(
+                f"{type(self).__name__} scores tokens again in a forward pass of its own, which does not see the "
+                "images of `train_dataset`: use a setting or a method without that pass (SPO: "
+                "`spo_rho_mode='constant'`)."
+            )
 
     def load_frozen_model(self, path: str):
         """
@@ -360,6 +370,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
         Returns:
             `torch.Tensor`: Shape `(n, T)`.
         """
+        self._refuse_images()
         ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1)
         masks = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)
         size, keep = self.args.per_device_train_batch_size, rollouts.completion_ids.shape[1]
@@ -443,7 +454,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
         output["group_ids"] = rollouts.group_ids[rollouts.local]
         output["prompt_index"] = rollouts.prompt_index[rollouts.local]
         output["rewards"] = rollouts.rewards[rollouts.local]
-        output["row_ids"] = torch.arange(len(rollouts), device=group_ids.device)[rollouts.local]
+        output["row_ids"] = torch.arange(len(rollouts), device=rollouts.group_ids.device)[rollouts.local]
         if training:
             rollouts = self._select(rollouts, output)
             self.observe(rollouts)

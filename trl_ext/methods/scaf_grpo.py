@@ -238,7 +238,8 @@ class ScafGRPOTrainer(MethodTrainer):
             mine = (scored.group_ids[:size] == group) & scored.scored[:size]
             failed = mine.nonzero().squeeze(1)
             generator = make_generator(self.args.seed, "scaf_grpo", self._generation, group)
-            rows[failed[int(torch.randint(len(failed), (), generator=generator))]] = successes[0]
+            drawn = int(torch.randint(len(failed), (), generator=generator))
+            rows[int(failed[drawn])] = successes[0]
             rescued += 1
         self.log_metric("scaf/rescued_groups", rescued)
         self.log_metric("scaf/extra_rollouts", len(scored) - size)
