@@ -4,9 +4,7 @@ import itertools
 import shutil
 
 import pytest
-import torch
-from harness import POLICY_PATH, arithmetic, difference, parameters, train
-from transformers import AutoModelForCausalLM
+from harness import difference, make_teacher, parameters, train_mix
 
 from trl_ext import MixingError, mix
 from trl_ext.core.mixing import list_methods
@@ -16,49 +14,11 @@ METHODS = list_methods()
 PAIRS = list(itertools.combinations(METHODS, 2))
 # Pairs that train. The number may not fall.
 TRAINING_PAIRS = 58
-HINTS = {"knowledge": ["carry"], "planning": ["units first"], "solution": ["add"]}
-# What makes each method act within two generations of 16 rollouts.
-ACTING = {
-    "clip_cov": {"clip_cov_ratio": 0.2, "clip_cov_low": 1e-3},
-    "d3s": {"d3s_n_final": 2, "d3s_k_final": 0.5, "d3s_k_init": 0.5},
-    "grpo_lambda": {"lambda_top": 1.0},
-    "kdrl": {"kd_beta_init": 0.5},
-    "kl_cov": {"kl_cov_ratio": 0.2},
-    "knapsack_rl": {"knapsack_min_history": 1, "knapsack_zero_rollouts": 1},
-    "llds": {"llds_coef": 2.0},
-    "scaf_grpo": {"scaf_exempt_steps": 0},
-    "spo": {"spo_offline_n": 0},
-}
-
-
-def sparse(completions, **kwargs):
-    return [float(sum(map(ord, text)) % 3 == 0) for text in completions]
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("teacher") / "model")
-    shutil.copytree(POLICY_PATH, folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    return folder
-
-
-def run(names, teacher, **settings):
-    trainer, config = mix(*names)
-    for name in names:
-        settings = ACTING.get(name, {}) | settings
-    if "kdrl" in names:
-        settings["kd_teacher"] = teacher
-    data = arithmetic().select(range(4))
-    for column, hints in HINTS.items():
-        data = data.add_column(column, [hints] * 4)
-    settings = {"num_generations": 4, "num_iterations": 2, "max_steps": 4} | settings
-    return train(trainer, config, data=data, rewards=sparse, per_device_train_batch_size=16, **settings)
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +27,7 @@ def alone(teacher):
 
     def get(name):
         if name not in cache:
-            cache[name] = run([name], teacher)
+            cache[name] = train_mix([name], teacher)
         return cache[name]
 
     return get
@@ -83,11 +43,11 @@ def check(names, teacher, alone, folder):
         assert len(involved) >= 2, str(error)
         return False
     assert mix(*reversed(names)) == classes
-    whole = run(names, teacher, out=folder, save_strategy="steps", save_steps=3)
+    whole = train_mix(names, teacher, out=folder, save_strategy="steps", save_steps=3)
     assert all(p.isfinite().all() for p in parameters(whole).values())
     for name in names:
         assert difference(whole, alone(name)) > 0, f"{names} trains as {name} alone does"
-    resumed = run(names, teacher, out=folder, resume=str(folder / "checkpoint-3"))
+    resumed = train_mix(names, teacher, out=folder, resume=str(folder / "checkpoint-3"))
     assert difference(whole, resumed) == 0.0
     return True
 

@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 import torch
-from harness import POLICY_PATH, build, difference, train
+from harness import POLICY_PATH, build, difference, make_teacher, train
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,15 +71,7 @@ def test_extreme_teachers():
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("teacher") / "model")
-    shutil.copytree(POLICY_PATH, folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    return folder
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "model")
 
 
 def test_in_a_run(teacher):

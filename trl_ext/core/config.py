@@ -84,6 +84,12 @@ class MethodConfig(GRPOConfig):
         super().__post_init__()
         self.num_generations = int(self.num_generations)
 
+    def check_choices(self, *names: str) -> None:
+        """Raise a `ValueError` unless each of these fields has one of the choices that its metadata lists."""
+        for name in names:
+            choices = self.__dataclass_fields__[name].metadata["choices"]
+            self.check_range(name, getattr(self, name) in choices, " or ".join(map(repr, choices)))
+
     def check_range(self, name: str, valid: bool, need: str) -> None:
         """
         Raise a `ValueError` that names the field, its value and what is needed, unless `valid`.

@@ -54,9 +54,7 @@ class ClipCovConfig(MethodConfig):
         self.check_range("clip_cov_ratio", 0 < self.clip_cov_ratio <= 1, "in (0, 1]")
         self.check_range("clip_cov_low", self.clip_cov_low > 0, "positive")
         self.check_range("clip_cov_high", self.clip_cov_high > self.clip_cov_low, "above clip_cov_low")
-        self.check_range(
-            "clip_cov_scope", self.clip_cov_scope in ("micro_batch", "global"), "'micro_batch' or 'global'"
-        )
+        self.check_choices("clip_cov_scope")
 
 
 def token_covariance(

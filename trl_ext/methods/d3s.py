@@ -62,9 +62,7 @@ class D3SConfig(MethodConfig):
         self.check_range("d3s_within_rollouts", 1 <= self.d3s_within_rollouts <= group, bound)
         self.check_range("d3s_k_init", 0 < self.d3s_k_init <= 1, "in (0, 1]")
         self.check_range("d3s_k_final", self.d3s_k_init <= self.d3s_k_final <= 1, "in [d3s_k_init, 1]")
-        for name in ("d3s_schedule", "d3s_level", "d3s_token_scope"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            self.check_range(name, getattr(self, name) in choices, f"one of {choices}")
+        self.check_choices("d3s_schedule", "d3s_level", "d3s_token_scope")
 
 
 def d3s_schedule(progress: float, n_init: int, n_final: int, k_init: float, k_final: float) -> tuple[int, float]:

@@ -45,9 +45,7 @@ class DisCOConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("disco_objective", "disco_score", "disco_kl_estimator"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            self.check_range(name, getattr(self, name) in choices, f"one of {choices}")
+        self.check_choices("disco_objective", "disco_score", "disco_kl_estimator")
         if self.disco_tau is None:
             self.disco_tau = 10.0 if self.disco_score == "logL" else 1.0
         self.check_range("disco_tau", self.disco_tau > 0, "positive")

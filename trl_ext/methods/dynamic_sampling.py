@@ -43,8 +43,7 @@ class DynamicSamplingConfig(MethodConfig):
         self.check_range("ds_max_num_gen_batches", self.ds_max_num_gen_batches >= 1, "at least 1 (rounds are bounded)")
         self.check_range("ds_gen_batch_multiplier", self.ds_gen_batch_multiplier >= 1, "at least 1")
         self.check_range("ds_tol", self.ds_tol >= 0, "at least 0")
-        known = ("fill", "first", "error")
-        self.check_range("ds_on_exhausted", self.ds_on_exhausted in known, "'fill', 'first' or 'error'")
+        self.check_choices("ds_on_exhausted")
 
 
 def valid_groups(scores: torch.Tensor, group_ids: torch.Tensor, tol: float = 1e-6) -> torch.Tensor:

@@ -44,8 +44,7 @@ class GRPOLambdaConfig(MethodConfig):
         super().__post_init__()
         self.check_range("lambda_top", 0 <= self.lambda_top <= 1, "in [0, 1]")
         self.check_range("lambda_length_alpha", 0 <= self.lambda_length_alpha < 1, "in [0, 1)")
-        known = ("population", "sample")
-        self.check_range("lambda_length_std", self.lambda_length_std in known, "'population' or 'sample'")
+        self.check_choices("lambda_length_std")
 
 
 def grpo_lambda_top_groups(correct: torch.Tensor, group_ids: torch.Tensor, top: float = 0.2) -> torch.Tensor:

@@ -49,9 +49,7 @@ class KDRLConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("kd_estimator", "kd_mask", "kd_mask_norm"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            self.check_range(name, getattr(self, name) in choices, f"one of {choices}")
+        self.check_choices("kd_estimator", "kd_mask", "kd_mask_norm")
         self.check_range("kd_beta_init", self.kd_beta_init >= 0, "at least 0")
         self.check_range("kd_beta_min", 0 <= self.kd_beta_min <= self.kd_beta_init, "in [0, kd_beta_init]")
         self.check_range("kd_beta_decay", self.kd_beta_decay >= 0, "at least 0")

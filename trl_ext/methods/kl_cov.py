@@ -35,7 +35,7 @@ class KLCovConfig(MethodConfig):
         super().__post_init__()
         self.check_range("kl_cov_ratio", 0 < self.kl_cov_ratio <= 1, "in (0, 1]")
         self.check_range("kl_cov_coef", self.kl_cov_coef >= 0, "at least 0")
-        self.check_range("kl_cov_scope", self.kl_cov_scope in ("micro_batch", "global"), "'micro_batch' or 'global'")
+        self.check_choices("kl_cov_scope")
 
 
 def kl_cov_selection(cov: torch.Tensor, mask: torch.Tensor, ratio: float) -> torch.Tensor:

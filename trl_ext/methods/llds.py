@@ -44,8 +44,7 @@ class LLDSConfig(MethodConfig):
     def __post_init__(self):
         super().__post_init__()
         self.check_range("llds_coef", self.llds_coef >= 0, "at least 0")
-        choices = ("action", "response", "token")
-        self.check_range("llds_gate", self.llds_gate in choices, f"one of {choices}")
+        self.check_choices("llds_gate")
         if self.llds_answer_weight not in (None, "schedule"):
             try:
                 self.llds_answer_weight = float(self.llds_answer_weight)

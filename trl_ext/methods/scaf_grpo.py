@@ -66,9 +66,7 @@ class ScafGRPOConfig(MethodConfig):
         self.check_range("scaf_exempt_fraction", 0 <= self.scaf_exempt_fraction < 1, "in [0, 1)")
         steps = self.scaf_exempt_steps
         self.check_range("scaf_exempt_steps", steps is None or steps >= 0, "at least 0 or None")
-        for name in ("scaf_exempt_mode", "scaf_hint_search"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            self.check_range(name, getattr(self, name) in choices, f"one of {choices}")
+        self.check_choices("scaf_exempt_mode", "scaf_hint_search")
         self.check_range("scaf_plateau_window", self.scaf_plateau_window >= 1, "at least 1")
         self.check_range("scaf_plateau_tol", self.scaf_plateau_tol >= 0, "at least 0")
         self.check_range("scaf_exempt_min_fraction", 0 <= self.scaf_exempt_min_fraction <= 1, "in [0, 1]")

@@ -55,7 +55,7 @@ class SPOConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_range("spo_rho_mode", self.spo_rho_mode in ("kl", "constant"), "'kl' or 'constant'")
+        self.check_choices("spo_rho_mode")
         self.check_range("spo_rho_min", 0 < self.spo_rho_min < 1, "between 0 and 1, both excluded")
         self.check_range("spo_rho_max", self.spo_rho_min <= self.spo_rho_max <= 1, "in [spo_rho_min, 1]")
         self.check_range("spo_d_half", self.spo_d_half > 0, "positive")
