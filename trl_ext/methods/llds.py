@@ -121,8 +121,9 @@ class LLDSTrainer(MethodTrainer):
         "title": "On Group Relative Policy Optimization Collapse in Agent Search: The Lazy Likelihood-Displacement",
         "id": "2512.04220",
         "citation": """\
-@article{llds2025,
+@article{deng2025group,
     title  = {{On Group Relative Policy Optimization Collapse in Agent Search: The Lazy Likelihood-Displacement}},
+    author = {Wenlong Deng and Yushu Li and Boying Gong and Yi Ren and Christos Thrampoulidis and Xiaoxiao Li},
     year   = 2025,
     eprint = {arXiv:2512.04220},
 }""",

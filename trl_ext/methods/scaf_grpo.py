@@ -137,9 +137,9 @@ class ScafGRPOTrainer(MethodTrainer):
         "title": "Scaf-GRPO: Scaffolded Group Relative Policy Optimization for Enhancing LLM Reasoning",
         "id": "2510.19807",
         "citation": """\
-@article{scafgrpo2025,
+@article{zhang2025scaf,
     title  = {{Scaf-GRPO: Scaffolded Group Relative Policy Optimization for Enhancing LLM Reasoning}},
-    author = {Xichen Zhang and others},
+    author = {Xichen Zhang and Sitong Wu and Yinghao Zhu and Haoru Tan and Shaozuo Yu and Ziyi He and Jiaya Jia},
     year   = 2025,
     eprint = {arXiv:2510.19807},
 }""",
