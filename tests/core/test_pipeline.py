@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from harness import build
+from harness import POLICY_PATH, build, difference, scripted, train
+from transformers import AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import MethodConfig, MethodTrainer
@@ -136,6 +137,38 @@ def compare(trainers, generator, loss_type, names, combinations) -> float:
         for trainer in trainers:
             trainer._metrics["train"].clear()
     return worst
+
+
+@pytest.mark.conformance
+def test_auxiliary_loss_of_a_mixture_of_experts(tmp_path):
+    """TRL adds it, next to a surrogate of ours."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(POLICY_PATH)
+    config = Qwen2MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        output_router_logits=True,
+        router_aux_loss_coef=0.5,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    Qwen2MoeForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    settings = {"model": str(tmp_path), "rollout_func": scripted, "num_iterations": 2, "max_steps": 4}
+    settings |= {"optim": "sgd", "learning_rate": 0.1}
+    theirs = train(GRPOTrainer, GRPOConfig, **settings)
+    assert theirs.state.log_history[0]["aux_loss"] > 0
+    assert difference(theirs, train(PipelineTrainer, MethodConfig, **settings)) < 1e-6
+    without = train(PipelineTrainer, MethodConfig, router_aux_loss_coef=0.0, **settings)
+    assert difference(theirs, without) > 1e-6
 
 
 class LossTrainer(MethodTrainer):

@@ -37,6 +37,26 @@ def test_it_is_not_plain_grpo(name, teacher, plain):
     assert difference(train_mix([name], teacher), plain) > 1e-6
 
 
+# Settings under which a method is plain GRPO, and the largest difference that rounding may make.
+NEUTRAL = {
+    "clip_cov": ({"clip_cov_low": 1e8, "clip_cov_high": 1e9, "epsilon": 0.2, "epsilon_high": 0.2}, 0.0),
+    "d3s": ({"d3s_n_init": 4, "d3s_n_final": 4, "d3s_k_init": 1.0, "d3s_k_final": 1.0}, 1e-6),
+    "dynamic_sampling": ({"ds_max_num_gen_batches": 1}, 0.0),
+    "empg": ({"empg_k": 0.0, "empg_zeta": 0.0, "empg_center": False}, 1e-6),
+    "grpo_lambda": ({"lambda_top": 0.0}, 0.0),
+    "kdrl": ({"kd_beta_init": 0.0, "kd_beta_min": 0.0}, 1e-6),
+    "knapsack_rl": ({"knapsack_min_history": 10_000, "knapsack_advantage_clip": None}, 0.0),
+    "llds": ({"llds_coef": 0.0}, 1e-6),
+    "scaf_grpo": ({"scaf_exempt_steps": 100}, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_neutral_settings_are_plain_grpo(name, teacher, plain):
+    settings, tolerance = NEUTRAL[name]
+    assert difference(train_mix([name], teacher, **settings), plain) <= tolerance
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("conversational", [False, True])
 def test_lora(name, conversational, teacher):
