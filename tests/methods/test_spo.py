@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_ext import SPOConfig, SPOTrainer
+from trl_ext.core import Requests
 from trl_ext.methods.spo import (
     spo_advantages,
     spo_drift,
@@ -147,6 +148,27 @@ def test_unscored_rollouts_leave_everything_as_it_was():
             assert (rollouts.advantages[1::2] == 0).all()
 
     train(Checking, rewards=sometimes, spo_offline_n=0)
+
+
+def test_stored_rollouts_are_small():
+    trainer = train(SPOTrainer, spo_offline_n=0, max_steps=2)
+    for stored in trainer.spo_stored.values():
+        for rollout in stored:
+            assert rollout["logps"].untyped_storage().nbytes() == 4 * len(rollout["completion_ids"])
+
+
+def test_answers_to_a_changed_prompt_are_no_evidence():
+    class Hinting(SPOTrainer):
+        replaces = ("more_rollouts", "pick_rollouts")
+
+        def more_rollouts(self, scored, rounds):
+            return Requests(torch.tensor([3]), scored.group_ids[:1], ["1+1="]) if rounds == 1 else None
+
+        def pick_rollouts(self, scored):
+            return torch.tensor([8, 1, 2, 3, 4, 5, 6, 7])
+
+    trainer = train(Hinting, spo_offline_n=0, max_steps=1)
+    assert trainer.spo_visits.sum() == 7 and not trainer.spo_visits[3]
 
 
 def test_groups_share_a_baseline():

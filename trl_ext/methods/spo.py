@@ -257,7 +257,7 @@ class SPOTrainer(MethodTrainer):
     def observe(self, rollouts: Rollouts):
         super().observe(rollouts)
         rewards = self._spo_rescale(rollouts.rewards).cpu().double()
-        scored = ~rewards.isnan()
+        scored = ~rewards.isnan() & ~rollouts.changed_prompt.cpu()  # an answer to a hint is no evidence
         rows, inverse = rollouts.prompt_index.cpu()[scored].unique(return_inverse=True)
         if self.args.spo_rho_mode == "kl":
             drift = self._spo_drift(rows)
@@ -302,8 +302,9 @@ class SPOTrainer(MethodTrainer):
                 {
                     "prompt_ids": rollouts.prompt_ids[i][rollouts.prompt_mask[i].bool()].tolist(),
                     "completion_ids": rollouts.completion_ids[i, :tokens].tolist(),
-                    "mask": rollouts.mask[i, :tokens].cpu(),
-                    "logps": rollouts.old_logps[i, :tokens].cpu(),
+                    # Copies, or each would keep the whole batch alive.
+                    "mask": rollouts.mask[i, :tokens].to("cpu", copy=True),
+                    "logps": rollouts.old_logps[i, :tokens].to("cpu", copy=True),
                 }
             )
 
