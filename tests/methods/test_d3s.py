@@ -6,7 +6,7 @@ from harness import build, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_ext import D3SConfig, D3STrainer
+from trl_ext import D3SConfig, D3STrainer, mix
 from trl_ext.core.rollouts import group_advantages
 from trl_ext.methods.d3s import d3s_schedule, d3s_select, d3s_tokens, max_variance_subset
 
@@ -125,6 +125,11 @@ def test_unscored_rollouts_are_never_kept():
     train(
         Checking, d3s_n_init=4, rewards=lambda completions, **kw: [None if i % 2 == 0 else float(i) for i in range(8)]
     )
+
+
+def test_defaults_fit_a_single_rollout_per_prompt():
+    args = mix("d3s", "spo").Config("unused", use_cpu=True, bf16=False)
+    assert (args.num_generations, args.d3s_n_init, args.d3s_n_final) == (1, 1, 1)
 
 
 def test_bad_input():

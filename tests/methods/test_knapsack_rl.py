@@ -7,7 +7,7 @@ from harness import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_ext import KnapsackRLConfig, KnapsackRLTrainer
+from trl_ext import KnapsackRLConfig, KnapsackRLTrainer, mix
 from trl_ext.core.rollouts import group_advantages
 from trl_ext.methods.knapsack_rl import (
     knapsack_budgets,
@@ -96,6 +96,11 @@ def test_impossible_budgets_are_named():
         knapsack_budgets([0.0, 0.0], 2, zero=3)
     with pytest.raises(ValueError, match="`knapsack_zero_rollouts` must be between 0 and num_generations"):
         KnapsackRLConfig("unused", use_cpu=True, bf16=False, num_generations=4, knapsack_zero_rollouts=5)
+
+
+def test_single_rollouts_cannot_be_divided():
+    with pytest.raises(ValueError, match="`num_generations` must be at least 2 for Knapsack RL"):
+        mix("knapsack_rl", "spo").Config("unused", use_cpu=True, bf16=False)
 
 
 def test_share_of_rollouts_with_a_signal_is_the_cards():

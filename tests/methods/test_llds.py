@@ -2,7 +2,7 @@ import pytest
 import torch
 from harness import build, difference, train
 
-from trl_ext import LLDSConfig, LLDSTrainer, MethodTrainer
+from trl_ext import LLDSConfig, LLDSTrainer, MethodTrainer, mix
 from trl_ext.methods.llds import llds_loss
 
 
@@ -85,6 +85,17 @@ def test_unscored_responses_are_not_preserved_and_flat_groups_are():
 
     rewards = [None] + [0.7] * 7
     train(Checking, rewards=lambda completions, **kw: rewards, num_iterations=2, max_steps=1)
+
+
+def test_single_rollouts_are_preserved_by_their_advantage():
+    class Checking(mix("llds", "spo").Trainer):
+        def carry(self, rollouts):
+            carried = super().carry(rollouts)
+            assert torch.equal(carried["llds/preserved"], rollouts.advantages >= 0)
+            assert not carried["llds/preserved"].all()
+            return carried
+
+    train(Checking, num_iterations=2, max_steps=1, spo_offline_n=0)
 
 
 def test_the_update_does_not_depend_on_the_split():

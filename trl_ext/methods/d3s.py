@@ -51,11 +51,11 @@ class D3SConfig(MethodConfig):
         super().__post_init__()
         group = self.num_generations
         if self.d3s_n_init is None:
-            self.d3s_n_init = max(2, group // 4)
+            self.d3s_n_init = min(group, max(2, group // 4))
         if self.d3s_n_final is None:
             self.d3s_n_final = group
         if self.d3s_within_rollouts is None:
-            self.d3s_within_rollouts = max(2, group // 2)
+            self.d3s_within_rollouts = min(group, max(2, group // 2))
         bound = f"in [1, num_generations] = [1, {group}]"
         self.check_range("d3s_n_init", 1 <= self.d3s_n_init <= group, bound)
         self.check_range("d3s_n_final", self.d3s_n_init <= self.d3s_n_final <= group, f"in [d3s_n_init, {group}]")

@@ -49,8 +49,9 @@ class KnapsackRLConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_range("knapsack_min_rollouts", self.knapsack_min_rollouts >= 2, "at least 2")
         group = self.num_generations
+        self.check_range("num_generations", group >= 2, "at least 2 for Knapsack RL, which divides its total")
+        self.check_range("knapsack_min_rollouts", self.knapsack_min_rollouts >= 2, "at least 2")
         self.check_range("knapsack_max_rollouts", self.knapsack_max_rollouts >= group, "at least num_generations")
         for name in ("knapsack_min_rollouts", "knapsack_zero_rollouts", "knapsack_one_rollouts"):
             self.check_range(name, 0 <= getattr(self, name) <= group, f"between 0 and num_generations ({group})")

@@ -136,8 +136,8 @@ class LLDSTrainer(MethodTrainer):
             advantages = (advantages * mask).sum(1) / mask.sum(1).clamp(min=1)
         else:
             # Rounding in reward - mean must not drop a whole group without a signal.
-            flat = zero_signal(rollouts.rewards, rollouts.group_ids)
-            advantages = advantages.masked_fill(flat, 0.0)[local]
+            rounded = zero_signal(rollouts.rewards, rollouts.group_ids) & (advantages.abs() < 1e-5)
+            advantages = advantages.masked_fill(rounded, 0.0)[local]
         preserved = (advantages >= self.args.llds_adv_threshold) & rollouts.scored[local]
         kept = torch.ones_like(preserved) if rollouts.selected is None else rollouts.selected[local]
         sums = torch.stack([mask.sum(), (mask * (preserved & kept).unsqueeze(1)).sum()])
