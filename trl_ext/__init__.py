@@ -25,6 +25,7 @@ _check_trl(_version("trl"))
 # Public names and where they live. They are imported on first use, so that `import trl_ext` stays cheap.
 _PUBLIC = {
     "core": ("MethodConfig", "MethodTrainer", "MixingError", "Requests", "Rollouts", "Scored", "TokenBatch", "mix"),
+    "methods.bnpo": ("BNPOConfig", "BNPOTrainer"),
     "methods.clip_cov": ("ClipCovConfig", "ClipCovTrainer"),
     "methods.d3s": ("D3SConfig", "D3STrainer"),
     "methods.disco": ("DisCOConfig", "DisCOTrainer"),
@@ -35,6 +36,7 @@ _PUBLIC = {
     "methods.kl_cov": ("KLCovConfig", "KLCovTrainer"),
     "methods.knapsack_rl": ("KnapsackRLConfig", "KnapsackRLTrainer"),
     "methods.llds": ("LLDSConfig", "LLDSTrainer"),
+    "methods.ngrpo": ("NGRPOConfig", "NGRPOTrainer"),
     "methods.scaf_grpo": ("ScafGRPOConfig", "ScafGRPOTrainer"),
     "methods.spo": ("SPOConfig", "SPOTrainer"),
 }

@@ -97,6 +97,8 @@ CASES = {
     ),
     "kl_cov global": (mix("kl_cov").Trainer, {"kl_cov_scope": "global", "kl_cov_ratio": 0.2}),
     "grpo_lambda": (mix("grpo_lambda").Trainer, {"lambda_top": 0.5}),
+    "bnpo": (mix("bnpo").Trainer, {}),
+    "ngrpo": (mix("ngrpo").Trainer, {}),
     "dynamic_sampling": (mix("dynamic_sampling").Trainer, {}),
     "knapsack_rl": (
         mix("knapsack_rl").Trainer,
