@@ -111,6 +111,10 @@ ACTING = {
 }
 
 
+# What two methods want differently, and a mix of them must be given.
+DECIDED = {frozenset({"clip_cov", "ngrpo"}): {"epsilon": 1.0, "epsilon_high": 1.0}}
+
+
 def sparse_reward(completions, **kwargs):
     """1 for a third of all completions."""
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
@@ -134,6 +138,8 @@ def train_mix(names, teacher, wrap=lambda trainer: trainer, **settings):
     trainer, config = mix(*names)
     for name in names:
         settings = ACTING.get(name, {}) | settings
+    for pair, decided in DECIDED.items():
+        settings = (decided if pair <= set(names) else {}) | settings
     if "kdrl" in names:
         settings["kd_teacher"] = teacher
     data = arithmetic(conversational=settings.pop("conversational", False)).select(range(4))

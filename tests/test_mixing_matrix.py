@@ -13,7 +13,7 @@ from trl_ext.core.mixing import list_methods
 METHODS = list_methods()
 PAIRS = list(itertools.combinations(METHODS, 2))
 # Pairs that train. The number may not fall.
-TRAINING_PAIRS = 58
+TRAINING_PAIRS = 77
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,8 @@ def check(names, teacher, alone, folder):
 REPRESENTATIVE = [
     ("clip_cov", "spo"),
     ("clip_cov", "kl_cov"),
+    ("clip_cov", "ngrpo"),
+    ("bnpo", "empg"),
     ("d3s", "disco"),
     ("d3s", "empg"),
     ("dynamic_sampling", "grpo_lambda"),
