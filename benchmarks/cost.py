@@ -36,6 +36,14 @@ from trl_ext.tasks import POLICY_PATH, arithmetic, exact_match
 
 RESULTS = Path(__file__).parent / "results"
 HINTS = ["add the units", "carry"]
+QUIET = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": [],
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
 # What a method cannot do without, and settings that keep one-off costs out of the steps.
 SETTINGS = {
     "kdrl": {"kd_teacher": POLICY_PATH},
@@ -58,18 +66,7 @@ def build(name, folder, model=POLICY_PATH, data=None, **settings):
     trainer_class, config_class = classes(name)
     for part in name.split("+"):
         settings |= SETTINGS.get(part, {})
-    args = config_class(
-        folder,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to=[],
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-        seed=1,
-        **settings,
-    )
+    args = config_class(folder, logging_steps=1, seed=1, **QUIET, **settings)
     data = arithmetic() if data is None else data
     data = data.add_column("solution", [HINTS] * len(data))
     trainer = trainer_class(model, exact_match, args, data)
@@ -176,17 +173,12 @@ def memory_of_one(name):
             Measured.config_class = trainer_class.config_class
         args = classes(name)[1](
             folder,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
             per_device_train_batch_size=8,
             num_generations=4,
             max_completion_length=512,
             max_steps=2,
             num_iterations=2,
+            **QUIET,
             **SETTINGS.get(name, {}),
         )
         data = Dataset.from_list(list(arithmetic().select(range(16)))).add_column("solution", [HINTS] * 16)

@@ -91,7 +91,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
         self._captured = None
         self._cached = self._generated = self._original_prompts = None
         self._forwards = None
-        self._loss_inputs = None
+        self._loss_inputs = self._tokens = None
         self._entropy_mask = None
         self._token_metrics = {}
         self._score_calls = 0
