@@ -42,15 +42,23 @@ def gap(a, b) -> float:
     return (torch.as_tensor(a).double() - torch.as_tensor(b).double()).abs().max().item()
 
 
+# Log-probabilities and entropies are float32 whatever the model, and differ by an ulp with the padding of a batch. One
+# ulp moves SPO's drift by 1e-6 and the share of evidence that it keeps by 1e-5, where that is not clipped.
+FLOAT32 = {
+    "clip_cov + spo": ("state", 3e-5),
+    "empg": ("logged", 1e-5),
+    "knapsack_rl + empg + llds": ("logged", 1e-5),
+}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one(results, name):
     one, first, second = results(name, 1, 0), results(name, 2, 0), results(name, 2, 1)
     assert len(one["seen"]) >= 2
     gaps = {key: gap(one[key], first[key]) for key in ("seen", "state", "logged", "parameters")}
-    if name == "clip_cov + spo":
-        # Log-probabilities are float32 whatever the model, and one ulp of them moves the drift by 1e-6, which moves
-        # the share of evidence that is kept by 1e-5 where it is not clipped.
-        assert gaps.pop("state") <= 3e-5
+    if name in FLOAT32:
+        part, tolerance = FLOAT32[name]
+        assert gaps.pop(part) <= tolerance
     assert all(value <= 1e-6 for value in gaps.values()), gaps
     assert gap(first, second) == 0.0
     if one["seen"][0]["advantages"] is not None:  # else per token, and local
