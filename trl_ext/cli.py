@@ -31,13 +31,5 @@ def list_methods() -> None:
     table = Table("name", "class", "paper", "hooks", title="methods of trl_ext")
     for slug in mixing.list_methods():
         trainer = mixing.find_method(slug)
-        table.add_row(slug, trainer.__name__, f"arXiv {trainer._paper['id']}", ", ".join(hooks_of(trainer)))
+        table.add_row(slug, trainer.__name__, f"arXiv {trainer._paper['id']}", ", ".join(mixing.joints_of(trainer)))
     Console().print(table)
-
-
-def hooks_of(trainer: type) -> list[str]:
-    """The hooks that a method's class answers or refines, those that only keep state left out."""
-    from .core import mixing
-
-    names = (*mixing.ANSWERS, "regularizers", "observe")
-    return [name for name in names if name in trainer.__dict__]

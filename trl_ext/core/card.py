@@ -23,7 +23,7 @@ def add_methods(trainer) -> None:
     if methods:
         lines += ["", "| method | paper | joints of the step it changes |", "|---|---|---|"]
     for cls in methods:
-        hooks = ", ".join(f"`{hook}`" for hook in (*mixing.ANSWERS, "regularizers") if hook in cls.__dict__)
+        hooks = ", ".join(f"`{hook}`" for hook in mixing.joints_of(cls))
         paper = f"[{cls._paper['title']}](https://huggingface.co/papers/{cls._paper['id']})"
         lines.append(f"| {cls._name} | {paper} | {hooks} |")
     settings = changed_settings(trainer.args)

@@ -47,6 +47,9 @@ class MethodConfig(GRPOConfig):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         own = inspect.get_annotations(cls)
+        cls._declared = frozenset(own)
+        if sum(issubclass(base, MethodConfig) for base in cls.__bases__) < 2:
+            return
         # Every dataclass carries copies of all the fields it inherits, so plain inheritance would take the copies of
         # the first base for decisions: SPO's `num_generations=1` would be lost in `C(ClipCovConfig, SPOConfig)`.
         inherited = {}
@@ -63,11 +66,9 @@ class MethodConfig(GRPOConfig):
                     default=field.default, default_factory=field.default_factory, metadata=field.metadata
                 )
             inherited[name] = (field.type, new)
-        if len([base for base in cls.__bases__ if issubclass(base, MethodConfig)]) > 1:
-            for name, (_, field) in inherited.items():
-                setattr(cls, name, field)
-            cls.__annotations__ = {name: kind for name, (kind, _) in inherited.items()} | own
-        cls._declared = frozenset(own)
+        for name, (_, field) in inherited.items():
+            setattr(cls, name, field)
+        cls.__annotations__ = {name: kind for name, (kind, _) in inherited.items()} | own
 
     def __post_init__(self):
         if "__dataclass_fields__" not in type(self).__dict__:

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import sys
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -57,6 +56,11 @@ def methods_of(cls: type) -> list[type]:
     return [base for base in bases if any(name in base.__dict__ for name in marks)]
 
 
+def joints_of(cls: type) -> list[str]:
+    """The joints of the step that a method's own class changes, in the order of a step."""
+    return [hook for hook in (*ANSWERS, "regularizers") if hook in cls.__dict__]
+
+
 def mix(*methods: "str | type") -> Mix:
     """
     Combine methods into one trainer.
@@ -96,13 +100,12 @@ def _mix(trainers: frozenset[type]) -> Mix:
     bases = tuple(_ordered(trainers))
     stem = "".join(base.__name__.removesuffix("Trainer") for base in bases)
     key = "+".join(_reference(base) for base in bases)
-    module = sys.modules[__name__]
     config = mixed_config(bases, f"{stem}Config", __name__, f"{key}+Config")
     trainer = type(
         f"{stem}Trainer",
         bases,
         {
-            "__module__": module.__name__,
+            "__module__": __name__,
             "__qualname__": f"{key}+Trainer",
             "__doc__": f"Mix of {', '.join(base.__name__ for base in bases)}.",
             "config_class": config,

@@ -56,11 +56,6 @@ class Scored:
         """Weighted sum of the reward functions before shaping, shape `(N,)`; NaN where nothing was scored."""
         return weighted_sum(self.reward_matrix, self.reward_weights)
 
-    def take(self, rows: torch.Tensor) -> "Scored":
-        """Some of the rollouts, in the given order."""
-        parts = {name: getattr(self, name)[rows] for name in PER_ROLLOUT}
-        return Scored(reward_weights=self.reward_weights, **parts)
-
     def join(self, other: "Scored") -> "Scored":
         """These rollouts followed by others."""
         parts = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in PER_ROLLOUT}

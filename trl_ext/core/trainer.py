@@ -18,9 +18,9 @@ each of them:
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
-import logging
 import random
 import warnings
 
@@ -40,8 +40,6 @@ from .hooks import Hooks
 from .prompts import ShuffledOrder, make_generator
 from .rollouts import Requests, Rollouts, Scored, TokenBatch, zero_signal
 
-
-logger = logging.getLogger(__name__)
 
 NEEDS = {"old_logps", "ref_logps", "entropies"}
 CARRIED = "carried/"  # prefix of the `carry` hook's entries in TRL's batches
@@ -911,6 +909,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
     def _inside_generation(self) -> bool:
         return self._step % (self.args.steps_per_generation * self.num_iterations) != 0
 
+    @functools.cached_property
     def _fingerprint(self) -> str:
         """Identity of the prompts in their order: per-prompt state is keyed by row."""
         if not self._indexed:
@@ -943,7 +942,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
             "generation": self._generation,
             "rollouts_spent": self._rollouts_spent,
             "score_calls": self._score_calls,
-            "prompts": self._fingerprint(),
+            "prompts": self._fingerprint,
             "methods": self.method_state(),
         }
         local = {"methods": self.local_state()}
@@ -961,7 +960,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
                 f"{checkpoint} was written by {shared['trainer']} and cannot be resumed by {type(self).__name__}: use "
                 "the same methods, or start anew from its weights."
             )
-        if shared["prompts"] != self._fingerprint():
+        if shared["prompts"] != self._fingerprint:
             raise ValueError(
                 f"`train_dataset` differs from the one that {checkpoint} was trained on (other prompts or another "
                 "order), so the state of its prompts would be mixed up: pass the same data set."

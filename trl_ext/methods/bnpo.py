@@ -148,15 +148,16 @@ class BNPOTrainer(MethodTrainer):
 
     def compute_advantages(self, rollouts: Rollouts):
         args = self.args
-        columns, weights = rollouts.rewards.unsqueeze(1), torch.ones(1, device=rollouts.group_ids.device)
         if args.beta_norm_decompose:
-            columns, weights = rollouts.reward_matrix if rollouts.shaped is None else rollouts.shaped, None
+            columns, weights = rollouts.shaped, rollouts.reward_weights
             if columns.dim() == 1:
                 raise ValueError(
                     "`beta_norm_decompose` needs one column per reward function, but a mixed method's shape_rewards "
                     "returned their sum: set it to False."
                 )
-            weights = rollouts.reward_weights
+        else:
+            columns = rollouts.rewards.unsqueeze(1)
+            weights = columns.new_ones(1)
         low, high = (columns.new_tensor(bound) for bound in (args.beta_norm_reward_min, args.beta_norm_reward_max))
         mapped = (columns - low) / (high - low)
         outside = (mapped < -1e-6) | (mapped > 1 + 1e-6)

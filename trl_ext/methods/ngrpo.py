@@ -1,5 +1,6 @@
 """Negative-enhanced Group Relative Policy Optimization (NGRPO; Nan et al., arXiv 2509.18851)."""
 
+import math
 import warnings
 from dataclasses import dataclass, field
 
@@ -35,8 +36,7 @@ class NGRPOConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        finite = abs(self.ngrpo_reward_max) < float("inf")
-        self.check_range("ngrpo_reward_max", finite, "finite")
+        self.check_range("ngrpo_reward_max", math.isfinite(self.ngrpo_reward_max), "finite")
         self.check_range("ngrpo_num_virtual", self.ngrpo_num_virtual >= 0, "at least 0")
         self.check_range("ngrpo_eps", self.ngrpo_eps > 0, "positive")
 
