@@ -51,6 +51,8 @@ class RecipeArguments:
     Parameters:
         methods (`list[str]`, *optional*, defaults to `[]`):
             Methods to train with, by the names of their files; none is GRPO as TRL has it.
+        blend (`list[str]`, *optional*, defaults to `[]`):
+            Weights of the methods that have advantages of their own, such as `spo=0.5 bnpo=0.5`.
         paper (`bool`, *optional*, defaults to `False`):
             Whether to use the settings of the published runs, `recipes/configs/<method>.yaml`, of every method.
         dataset (`str`, *optional*, defaults to `"arithmetic"`):
@@ -78,6 +80,7 @@ class RecipeArguments:
     """
 
     methods: list[str] = field(default_factory=list, metadata={"help": "Methods by name; none is TRL's GRPO."})
+    blend: list[str] = field(default_factory=list, metadata={"help": "Weights of advantages: spo=0.5 bnpo=0.5."})
     paper: bool = field(default=False, metadata={"help": "Use the settings of the methods' published runs."})
     dataset: str = field(
         default="arithmetic",
@@ -158,6 +161,7 @@ def parse(
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=_prog())
     first.add_argument("--config")
     first.add_argument("--methods", nargs="*")
+    first.add_argument("--blend", nargs="*")
     named, rest = first.parse_known_args(argv)
     file = {} if named.config is None else _read_yaml(named.config, "config")
     for name, value in _mapping(file.pop("env", {}), "env", named.config).items():
@@ -166,7 +170,10 @@ def parse(
     chosen = named.methods if named.methods is not None else file.pop("methods", own)
     file.pop("methods", None)
     chosen = [chosen] if isinstance(chosen, str) else list(chosen or [])
-    Trainer, Config = mix(*chosen) if chosen else Mix(MethodTrainer, MethodConfig)  # noqa: N806
+    blend = named.blend if named.blend is not None else file.pop("blend", [])
+    file.pop("blend", None)
+    weights = _weights([blend] if isinstance(blend, str) else list(blend or []))
+    Trainer, Config = mix(*chosen, blend=weights) if chosen else Mix(MethodTrainer, MethodConfig)  # noqa: N806
 
     types = (RecipeArguments, Config, ModelConfig)
     options = {"allow_abbrev": False, "prog": _prog(), "usage": "%(prog)s [--config FILE] [--option value ...]"}
@@ -206,9 +213,20 @@ def parse(
         below["model_name_or_path"] = POLICY_PATH
         if "num_train_epochs" in everything:
             del below["max_steps"]
-    parser.set_defaults_with_config(**below | settings | {"methods": chosen})
+    parser.set_defaults_with_config(**below | settings | {"methods": chosen, "blend": blend})
     recipe, args, model = parser.parse_args_and_config(rest)
     return Parsed(Trainer, recipe, args, model)
+
+
+def _weights(blend: list[str]) -> dict[str, float] | None:
+    weights = {}
+    for part in blend:
+        name, _, weight = str(part).partition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            raise ValueError(f"`blend` must be name=number for every estimator, got {part!r}.") from None
+    return weights or None
 
 
 def is_embedded(model: str) -> bool:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from harness import arithmetic, build, difference, parameters, scripted, train
+from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import MethodConfig, MethodTrainer
@@ -465,3 +466,89 @@ def test_bad_construction_is_named():
 def test_streams_still_train_without_a_sampler():
     stream = arithmetic().select(range(24)).to_iterable_dataset()
     assert difference(train(MethodTrainer, data=stream), train(GRPOTrainer, GRPOConfig, data=stream)) == 0.0
+
+
+# --------------------------------------------------------------------------------------------- edited examples
+
+
+def shouting(self, examples, group_ids):
+    for example, group in zip(examples, group_ids.tolist(), strict=True):
+        if group % 2:
+            example["prompt"] = "9+9="
+        example["note"] = group
+    return examples
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_edited_examples_are_what_is_answered_and_scored(rounds):
+    scored = []
+
+    def reward(prompts, completions, note, log_extra, **kwargs):
+        scored.extend(zip(prompts, note, strict=True))
+        log_extra("seconds", [0.5 + n for n in note])
+        return [float(i % 2) for i in range(len(prompts))]
+
+    more = {"more_rollouts": lambda self, scored, rounds: None} if rounds else {}
+    data = arithmetic().select(range(24))
+    trainer = train(recording(edit_examples=shouting, **more), rewards=reward, max_steps=1, data=data)
+    (rollouts,) = trainer.seen
+    assert [note for _, note in scored] == [0] * 4 + [1] * 4
+    decoded = trainer.processing_class.batch_decode(rollouts.prompt_ids, skip_special_tokens=True)
+    assert decoded[4:] == ["9+9="] * 4 and "9+9=" not in decoded[:4] and decoded == [prompt for prompt, _ in scored]
+    assert rollouts.changed_prompt.tolist() == [False] * 4 + [True] * 4
+    assert trainer.train_dataset["prompt"] == arithmetic().select(range(24))["prompt"]
+    # Columns of the data set, of the edit and of the reward function.
+    assert rollouts.column("note") == [0] * 4 + [1] * 4
+    assert rollouts.column("seconds") == [0.5] * 4 + [1.5] * 4
+    assert list(trainer._logs["extra"]["seconds"]) == [0.5] * 4 + [1.5] * 4
+    assert len(rollouts.column("answer")) == 8
+    with pytest.raises(ValueError, match=r"no column 'weight'.*'answer'.*'seconds'"):
+        rollouts.column("weight")
+
+
+def test_an_edit_keeps_the_number_of_examples():
+    with pytest.raises(ValueError, match="edit_examples must return 8 examples, got 7"):
+        train(recording(edit_examples=lambda self, examples, group_ids: examples[1:]))
+
+
+# ------------------------------------------------------------------------------------------ KL weight, hidden states
+
+
+def test_the_kl_weight_is_the_methods():
+    settings = {"num_iterations": 2, "max_steps": 4}
+    weak = train(method(kl_weight=lambda self, tokens: 0.3), beta=0.9, **settings)
+    assert difference(weak, train(MethodTrainer, beta=0.3, **settings)) == 0.0
+    falling = train(method(kl_weight=lambda self, tokens: 0.9 - 0.3 * tokens.step), beta=0.9, **settings)
+    assert difference(falling, weak) > 1e-6
+    with pytest.raises(ValueError, match="`beta` 0 TRL makes no reference model"):
+        build(method(kl_weight=lambda self, tokens: 0.3))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_hidden_states_give_the_log_probabilities(lora):
+    found = []
+
+    class Looking(MethodTrainer):
+        @classmethod
+        def needs(cls, args):
+            return {"hidden_states", "old_logps"}
+
+        def compare(self, hidden_states, ids, logps, mask):
+            logits = self.head_logits(hidden_states) / self.temperature
+            gap = logits.log_softmax(-1).gather(2, ids.unsqueeze(2)).squeeze(2) - logps
+            found.append((gap * mask).abs().max().item())
+
+        def regularizers(self, tokens):
+            assert not tokens.hidden_states.requires_grad
+            self.compare(tokens.hidden_states, tokens.token_ids, tokens.logps, tokens.mask)
+            return super().regularizers(tokens)
+
+        def observe(self, rollouts):
+            super().observe(rollouts)
+            parts = rollouts.prompt_ids, rollouts.prompt_mask, rollouts.completion_ids, rollouts.completion_mask
+            hidden_states = self.completion_hidden_states(*parts)
+            self.compare(hidden_states, rollouts.completion_ids, rollouts.old_logps, rollouts.mask)
+
+    settings = {"peft_config": LoraConfig(target_modules=["q_proj"])} if lora else {}
+    train(Looking, temperature=0.7, **settings)
+    assert len(found) == 6 and max(found) < 1e-5

@@ -4,7 +4,8 @@ import sys
 from dataclasses import dataclass, field
 
 import pytest
-from harness import build, train
+import torch
+from harness import build, difference, train
 from trl import GRPOConfig, TrlParser
 
 import trl_ext
@@ -205,3 +206,95 @@ def test_a_mix_trains_and_names_both_papers_in_its_card(tmp_path):
 def test_wrong_config_class_is_named():
     with pytest.raises(TypeError, match=r"`args` of SPOTrainer must be a SPOConfig, got a MethodConfig"):
         build(SPOTrainer, MethodConfig, num_generations=2)
+
+
+# --------------------------------------------------------------------------------------------------------- blends
+
+
+def first_advantages(self, rollouts):
+    return torch.arange(len(rollouts), dtype=torch.float)
+
+
+def second_advantages(self, rollouts):
+    return torch.ones(len(rollouts))
+
+
+One = advantage("OneTrainer", replaces=("compute_advantages",), compute_advantages=first_advantages)
+Two = advantage("TwoTrainer", replaces=("compute_advantages",), compute_advantages=second_advantages)
+
+
+def watched(cls, seen):
+    class Watched(cls):
+        def observe(self, rollouts):
+            super().observe(rollouts)
+            seen.append(rollouts)
+
+    return Watched
+
+
+class Doubling(MethodTrainer):
+    def compute_advantages(self, rollouts):
+        return 2 * super().compute_advantages(rollouts)
+
+
+def test_a_blend_is_the_weighted_sum():
+    cls, config = mix(One, Doubling, Two, blend={"OneTrainer": 0.5, "TwoTrainer": -3})
+    seen = []
+    trainer = train(watched(cls, seen), config, max_steps=1)
+    assert seen[0].advantages.tolist() == [
+        2 * (0.5 * i - 3) for i in range(8)
+    ]  # what refines the advantages refines the sum
+    assert trainer.state.log_history[0]["blend/OneTrainer"] == 0.5
+    assert trainer.state.log_history[0]["blend/TwoTrainer"] == -3
+
+
+def test_a_blend_with_trls_own_advantages():
+    weights = {"grpo": 1.0, "ngrpo": 0.0}
+    blended, config = mix("ngrpo", blend=weights)
+    settings = {"epsilon": 0.2, "epsilon_high": 0.2, "ngrpo_drop_all_max": False}
+    assert difference(train(blended, config, **settings), train(MethodTrainer)) == 0.0
+
+
+def test_a_blend_with_advantages_per_token():
+    def per_token(self, rollouts):
+        return 0.5 * rollouts.mask.float()
+
+    cls, config = mix(
+        One,
+        advantage("Tokens", replaces=("compute_advantages",), compute_advantages=per_token),
+        blend={"OneTrainer": 1, "Tokens": 2},
+    )
+    seen = []
+    train(watched(cls, seen), config, max_steps=1)
+    expected = torch.arange(8.0).unsqueeze(1) + seen[0].mask
+    assert torch.equal(seen[0].advantages, expected)
+
+
+def test_blends_are_cached_and_pickled():
+    pair = mix("spo", "bnpo", blend={"spo": 0.5, "bnpo": 1e-20})
+    assert pair == mix("bnpo", "spo", blend={"bnpo": 1e-20, "spo": 0.5})
+    assert pair != mix("bnpo", "spo", blend={"bnpo": 0.5, "spo": 0.5})
+    assert pair.Trainer.__name__ == "BNPOSPOBlendTrainer"
+    code = "import pickle, sys; c = pickle.load(sys.stdin.buffer); print(c.Trainer.__doc__, c.Config.__name__)"
+    result = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(pair), capture_output=True, check=True)
+    assert b"1e-20 bnpo" in result.stdout and b"BNPOSPOBlendConfig" in result.stdout
+    three = mix("spo", "bnpo", "clip_cov", blend={"spo": 0.5, "bnpo": 0.5})
+    assert three.Trainer.__name__ == "BNPOSPOBlendClipCovTrainer" and pickle.loads(pickle.dumps(three)) == three
+
+
+@pytest.mark.parametrize(
+    ("blend", "message"),
+    [
+        ({"spo": 0.5}, "'bnpo' is missing"),
+        ({"spo": 0.5, "bnpo": 0.5, "empg": 1}, "'empg', which has no advantages of its own"),
+        ({"spo": 0.5, "bnpo": float("nan")}, "finite numbers, got nan for 'bnpo'"),
+        ({"spo": 0.5, "bnpo": "much"}, "finite numbers"),
+    ],
+)
+def test_a_blend_that_does_not_fit(blend, message):
+    with pytest.raises(ValueError, match=message):
+        mix("spo", "bnpo", "empg", blend=blend)
+    with pytest.raises(ValueError, match="at least two"):
+        mix("spo", blend={"spo": 1})
+    with pytest.raises(MixingError, match="contradict"):
+        mix("clip_cov", "kl_cov", "spo", blend={"grpo": 1, "spo": 1})

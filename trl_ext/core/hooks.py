@@ -45,9 +45,9 @@ class Hooks:
     @classmethod
     def needs(cls, args) -> set[str]:
         """
-        What this class wants at generation time: a subset of `{"old_logps", "ref_logps", "entropies"}`. All mixed
-        classes are asked (no `super()`), and together they cost at most one extra forward pass, none if TRL already
-        makes it.
+        What this class wants: a subset of `{"old_logps", "ref_logps", "entropies"}` at generation time and of
+        `{"hidden_states"}` in the loss. All mixed classes are asked (no `super()`), and together they cost at most one
+        extra forward pass, none if TRL already makes it; hidden states are those of the loss's own pass.
         """
         return set()
 
@@ -87,6 +87,23 @@ class Hooks:
             `torch.Tensor`: Rollouts per prompt, shape `(n,)`, at least 0, with the sum `n * num_generations`.
         """
         return torch.full((len(rows),), self.num_generations)
+
+    def edit_examples(self, examples: list[dict], group_ids: torch.Tensor) -> list[dict]:
+        """
+        Change what this process is about to generate from: another prompt (a state to go on from, part of a solution),
+        or columns for the reward functions, which see the edited examples. Must give the same examples if it is called
+        again in the same generation.
+
+        Args:
+            examples (`list[dict]`):
+                Rows of the training set, one per local rollout; copies, to change or replace.
+            group_ids (`torch.Tensor`):
+                Their groups, shape `(n,)`.
+
+        Returns:
+            `list[dict]`: The examples, in the same order.
+        """
+        return examples
 
     def more_rollouts(self, scored: Scored, rounds: int) -> Requests | None:
         """
@@ -202,6 +219,10 @@ class Hooks:
             rollouts ([`Rollouts`]):
                 The scored generation with its advantages, which were computed from the state before this update.
         """
+
+    def kl_weight(self, tokens: TokenBatch) -> float:
+        """Weight of TRL's KL term: `beta`, which must not be 0 for there to be a reference model."""
+        return self.beta
 
     def log_ratio(self, tokens: TokenBatch) -> torch.Tensor:
         """Log importance ratio, shape `(B, T)` per token or `(B, 1)` per sequence."""

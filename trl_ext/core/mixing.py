@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -14,12 +15,14 @@ ANSWERS = (
     "choose_prompts",
     "prompt_weights",
     "prompt_budgets",
+    "edit_examples",
     "more_rollouts",
     "pick_rollouts",
     "shape_rewards",
     "compute_advantages",
     "select_rollouts",
     "token_mask",
+    "kl_weight",
     "log_ratio",
     "clip_range",
     "policy_loss",
@@ -61,7 +64,7 @@ def joints_of(cls: type) -> list[str]:
     return [hook for hook in (*ANSWERS, "regularizers") if hook in cls.__dict__]
 
 
-def mix(*methods: "str | type") -> Mix:
+def mix(*methods: "str | type", blend: dict[str, float] | None = None) -> Mix:
     """
     Combine methods into one trainer.
 
@@ -69,6 +72,9 @@ def mix(*methods: "str | type") -> Mix:
         methods (`str` or `type`):
             Names of methods (`"clip_cov"`: the file in `trl_ext/methods`) or [`MethodTrainer`] subclasses. Their
             order does not matter.
+        blend (`dict[str, float]`, *optional*):
+            Weight of each method that has its own advantages, by name; `"grpo"` stands for TRL's. The advantages are
+            the weighted sum of theirs, each normalised in its own way, where otherwise only one could answer.
 
     Returns:
         `Mix`: the pair `(Trainer, Config)`. Both can be pickled, and the same methods always give the same classes.
@@ -76,13 +82,15 @@ def mix(*methods: "str | type") -> Mix:
     Raises:
         MixingError: if two of the methods contradict each other or replace the same hook; the message names both and
             the reason.
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or a weight that does not fit.
 
     Example:
     ```python
     >>> Trainer, Config = mix("clip_cov", "spo")
     >>> Trainer.__name__
     'ClipCovSPOTrainer'
+    >>> mix("spo", "bnpo", blend={"spo": 0.5, "bnpo": 0.5}).Trainer.__name__
+    'BNPOSPOBlendTrainer'
     ```
     """
     trainers = [find_method(method) if isinstance(method, str) else method for method in methods]
@@ -90,16 +98,74 @@ def mix(*methods: "str | type") -> Mix:
         raise ValueError("`mix` needs at least one method.")
     if len(set(trainers)) < len(trainers):
         raise MixingError(f"a method is named twice: {', '.join(t.__name__ for t in trainers)}.")
+    if blend is not None:
+        return _mix(frozenset(trainers), frozenset(_checked_blend(trainers, blend).items()))
     if len(trainers) == 1:
         return Mix(trainers[0], trainers[0].config_class)
     return _mix(frozenset(trainers))
 
 
+def _checked_blend(trainers: list[type], blend: dict[str, float]) -> dict[str, float]:
+    by_slug = {trainer.slug: trainer for trainer in trainers}
+    estimators = [slug for slug, cls in by_slug.items() if "compute_advantages" in cls.__dict__.get("replaces", ())]
+    for slug, weight in blend.items():
+        if slug not in (*estimators, "grpo"):
+            raise ValueError(
+                f"`blend` weighs {slug!r}, which has no advantages of its own in this mix; it may weigh "
+                f"{', '.join(map(repr, [*estimators, 'grpo']))}."
+            )
+        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ValueError(f"`blend` must map names to finite numbers, got {weight!r} for {slug!r}.")
+    if missing := [slug for slug in estimators if slug not in blend]:
+        raise ValueError(f"`blend` must weigh every method with advantages of its own; {missing[0]!r} is missing.")
+    if len(blend) < 2:
+        raise ValueError(f"`blend` must weigh at least two estimators, got {blend!r}.")
+    return {slug: float(blend[slug]) for slug in sorted(blend)}
+
+
+def _blended(trainers: list[type], blend: dict[str, float], key: str) -> type:
+    """One class out of several with advantages of their own."""
+    from .hooks import Hooks
+
+    bases = tuple(_ordered([trainer for trainer in trainers if trainer.slug in blend]))
+    estimators = {base.slug: base.compute_advantages for base in bases} | {"grpo": Hooks.compute_advantages}
+
+    def compute_advantages(self, rollouts):
+        parts = []
+        for slug, weight in blend.items():
+            parts.append(weight * estimators[slug](self, rollouts))
+            self.log_metric(f"blend/{slug}", weight)
+        if any(part.dim() == 2 for part in parts):  # per token, and local
+            parts = [part[rollouts.local].unsqueeze(1) if part.dim() == 1 else part for part in parts]
+        return sum(parts)
+
+    name = "".join(base.__name__.removesuffix("Trainer") for base in bases) + "Blend"
+    return type(
+        f"{name}Trainer",
+        bases,
+        {
+            "__module__": __name__,
+            "__doc__": f"Weighted sum of advantages: {', '.join(f'{w:g} {slug}' for slug, w in blend.items())}.",
+            "slug": "+".join(base.slug for base in bases),
+            "_name": f"blend of {', '.join(f'{w:g} {slug}' for slug, w in blend.items())}",
+            "_tag_names": list(dict.fromkeys(tag for base in bases for tag in base._tag_names)),
+            "config_class": mixed_config(bases, f"{name}Config", __name__, f"{key}+Config"),
+            "compute_advantages": compute_advantages,
+            "replaces": ("compute_advantages",),
+        },
+    )
+
+
 @cache
-def _mix(trainers: frozenset[type]) -> Mix:
+def _mix(trainers: frozenset[type], blend: frozenset[tuple[str, float]] = frozenset()) -> Mix:
+    weights = dict(sorted(blend))
+    key = "+".join(sorted(_reference(trainer) for trainer in trainers))
+    for slug, weight in weights.items():  # a pickled name has no dots, and names are joined by plus signs
+        key += f"+{slug}@{weight!r}".replace(".", "/").replace("e+", "e")
+    if weights:
+        trainers = [t for t in trainers if t.slug not in weights] + [_blended(list(trainers), weights, key)]
     bases = tuple(_ordered(trainers))
     stem = "".join(base.__name__.removesuffix("Trainer") for base in bases)
-    key = "+".join(_reference(base) for base in bases)
     config = mixed_config(bases, f"{stem}Config", __name__, f"{key}+Config")
     trainer = type(
         f"{stem}Trainer",
@@ -107,7 +173,7 @@ def _mix(trainers: frozenset[type]) -> Mix:
         {
             "__module__": __name__,
             "__qualname__": f"{key}+Trainer",
-            "__doc__": f"Mix of {', '.join(base.__name__ for base in bases)}.",
+            "__doc__": f"Mix of {', '.join(base._name for base in bases)}.",
             "config_class": config,
             "slug": "+".join(base.slug for base in bases),
             "_name": " + ".join(base._name for base in bases),
@@ -132,7 +198,10 @@ def __getattr__(name: str):
     # Unpickling a mixed class in a new process, where it has not been made yet. The name lists its methods.
     *methods, kind = name.split("+")
     if methods and kind in ("Trainer", "Config"):
-        return getattr(mix(*map(_resolve, methods)), kind)
+        blend = {
+            slug: float(weight.replace("/", ".")) for slug, _, weight in (m.partition("@") for m in methods) if weight
+        }
+        return getattr(mix(*(_resolve(m) for m in methods if "@" not in m), blend=blend or None), kind)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

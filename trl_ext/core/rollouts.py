@@ -106,8 +106,11 @@ class Rollouts(Scored):
             1 for the tokens of the completion, those of tools included, shape `(n, T)`.
         mask (`torch.Tensor`):
             1 for tokens written by the model that enter the loss, shape `(n, T)`.
-        completions (`list`):
-            The local completions as the reward functions saw them.
+        completions (`list`), examples (`list[dict]`):
+            The local completions, and the rows of the training set with what a `rollout_func` or an environment added
+            to them, as the reward functions saw them.
+        logged (`dict[str, list]`):
+            What the reward functions logged of the local rollouts with `log_extra`, by column.
         training (`bool`):
             Whether this is a training generation. In evaluation, state is read but never written.
         generation (`int`):
@@ -133,6 +136,8 @@ class Rollouts(Scored):
     completion_mask: torch.Tensor
     mask: torch.Tensor
     completions: list
+    examples: list[dict]
+    logged: dict[str, list]
     training: bool
     generation: int
     step: int
@@ -150,6 +155,31 @@ class Rollouts(Scored):
         if self.shaped is None:
             return self.raw_rewards
         return self.shaped if self.shaped.dim() == 1 else weighted_sum(self.shaped, self.reward_weights)
+
+    def column(self, name: str) -> list:
+        """
+        A local column by name: of the data set, of what a `rollout_func` returned, or of what a reward function
+        logged.
+
+        Args:
+            name (`str`):
+                Name of the column.
+
+        Returns:
+            `list`: One value per local rollout; None where a row has none.
+
+        Raises:
+            ValueError: if no row has it; the message lists those there are.
+        """
+        if name in self.logged:
+            return self.logged[name]
+        known = {key for example in self.examples for key in example}
+        if name not in known:
+            raise ValueError(
+                f"there is no column {name!r}: the data set, `rollout_func` or a reward function's `log_extra` must "
+                f"provide it; there are {', '.join(map(repr, sorted(known | self.logged.keys())))}."
+            )
+        return [example.get(name) for example in self.examples]
 
 
 @dataclass(frozen=True)
@@ -195,6 +225,9 @@ class TokenBatch:
             Whether a training loss is computed.
         carried (`dict[str, torch.Tensor]`):
             What the `carry` hook returned, for these rows.
+        hidden_states (`torch.Tensor`, *optional*):
+            Final hidden states that predict the tokens (what the LM head sees), without gradient, shape `(B, T, H)`;
+            present if a method `needs` them.
         log_ratio (`torch.Tensor`, *optional*):
             Result of the `log_ratio` hook, `(B, T)` or `(B, 1)`.
         ratio_low (`float` or `torch.Tensor`, *optional*), ratio_high (`float` or `torch.Tensor`, *optional*):
@@ -221,6 +254,7 @@ class TokenBatch:
     carried: dict[str, torch.Tensor]
     ref_logps: torch.Tensor | None = None
     sampling_logps: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
     log_ratio: torch.Tensor | None = None
     ratio_low: "float | torch.Tensor | None" = None
     ratio_high: "float | torch.Tensor | None" = None

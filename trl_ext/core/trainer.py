@@ -18,6 +18,7 @@ each of them:
 """
 
 import contextlib
+import copy
 import functools
 import hashlib
 import itertools
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather, gather_object
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from tqdm.auto import tqdm
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
@@ -41,7 +43,7 @@ from .prompts import ShuffledOrder, make_generator
 from .rollouts import Requests, Rollouts, Scored, TokenBatch, zero_signal
 
 
-NEEDS = {"old_logps", "ref_logps", "entropies"}
+NEEDS = {"old_logps", "ref_logps", "entropies", "hidden_states"}
 CARRIED = "carried/"  # prefix of the `carry` hook's entries in TRL's batches
 
 
@@ -89,7 +91,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
         self._captured = None
         self._cached = self._generated = self._original_prompts = None
         self._forwards = None
-        self._loss_inputs = self._tokens = None
+        self._loss_inputs = self._tokens = self._hidden = None
         self._entropy_mask = None
         self._token_metrics = {}
         self._score_calls = 0
@@ -105,7 +107,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
             self._order = ShuffledOrder(len(self.train_dataset), chunk, args.shuffle_dataset, args.seed)
             self._rows = self._remove_unused_columns(self.train_dataset, description="Training")
         self._opens_loss = self._overrides(
-            "log_ratio", "clip_range", "policy_loss", "token_weights", "aggregate_loss", "regularizers"
+            "kl_weight", "log_ratio", "clip_range", "policy_loss", "token_weights", "aggregate_loss", "regularizers"
         )
         self._own_surrogate = self._overrides("log_ratio", "policy_loss", "aggregate_loss")
 
@@ -119,7 +121,8 @@ class MethodTrainer(Hooks, GRPOTrainer):
                 "it to at least 2, or mix in a method with a baseline of its own, such as SPO."
             )
         if isinstance(train_dataset, IterableDataset):
-            by_index = ("more_rollouts", "choose_prompts", "prompt_weights", "prompt_budgets", "observe", "prepare")
+            by_index = ("choose_prompts", "prompt_weights", "prompt_budgets", "edit_examples", "more_rollouts")
+            by_index += ("observe", "prepare")
             if used := [hook for hook in by_index if self._overrides(hook)]:
                 raise ValueError(
                     f"`train_dataset` is an IterableDataset, but {cls.__name__} overrides `{used[0]}`, which needs "
@@ -148,6 +151,11 @@ class MethodTrainer(Hooks, GRPOTrainer):
                 )
             if args.delta is not None:
                 raise ValueError(f"`delta` bounds TRL's surrogate, which {cls.__name__} replaces: leave it unset.")
+        if self._overrides("kl_weight") and args.beta == 0.0:
+            raise ValueError(
+                f"{cls.__name__} sets the weight of the KL term, but with `beta` 0 TRL makes no reference model: set "
+                "`beta` to any positive number."
+            )
         if self.whole_groups and args.per_device_train_batch_size % args.num_generations:
             raise ValueError(
                 f"{cls.__name__} compares the rollouts of a prompt in a micro-batch: `per_device_train_batch_size` "
@@ -328,6 +336,60 @@ class MethodTrainer(Hooks, GRPOTrainer):
             results += [logps[i, : len(c)] for i, c in enumerate(completions[start : start + size])]
         return results
 
+    @property
+    def _causal_model(self):
+        """The policy's language model with its LM head, below any wrapper and adapter."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    def head_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        The policy's logits before any temperature, without gradient. Meant for a chunk of tokens at a time: a whole
+        batch of logits is what TRL's fused head avoids.
+
+        Args:
+            hidden_states (`torch.Tensor`):
+                Final hidden states, shape `(..., H)`.
+
+        Returns:
+            `torch.Tensor`: In float32, shape `(..., V)`.
+        """
+        model = self._causal_model
+        config = model.config.get_text_config()
+        for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
+            if getattr(config, name, None) is not None:
+                raise ValueError(
+                    f"{type(self).__name__} reads the logits of the LM head, which this model scales (`{name}`): this "
+                    "is not supported."
+                )
+        with torch.no_grad():
+            logits = model.get_output_embeddings()(hidden_states).float()
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def completion_hidden_states(self, prompt_ids, prompt_mask, completion_ids, completion_mask) -> torch.Tensor:
+        """
+        Final hidden states of the current policy that predict the tokens of completions, without gradient, from one
+        forward pass. Every process must call it equally often.
+
+        Args:
+            prompt_ids (`torch.Tensor`), prompt_mask (`torch.Tensor`):
+                Tokens of the prompts, padded on the left, shape `(B, T_prompt)`.
+            completion_ids (`torch.Tensor`), completion_mask (`torch.Tensor`):
+                Tokens of the completions, padded on the right, shape `(B, T)`.
+
+        Returns:
+            `torch.Tensor`: Shape `(B, T, H)`, for [`head_logits`].
+        """
+        self._refuse_images()
+        ids = torch.cat([prompt_ids, completion_ids], dim=1)
+        masks = torch.cat([prompt_mask, completion_mask], dim=1)
+        keep = completion_ids.shape[1]
+        with torch.no_grad(), self._capture(keep):
+            super()._get_per_token_logps_and_entropies(self.model, ids, masks, keep)
+        hidden, self._hidden = self._hidden, None
+        return hidden
+
     def _refuse_images(self) -> None:
         if self._is_vlm and self._indexed and {"image", "images"} & set(self.train_dataset.column_names):
             raise ValueError(
@@ -434,7 +496,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
                 if self._overrides("more_rollouts"):
                     everything, rows = self._run_rounds(prompt_index, group_ids)
                     prompt_index, group_ids = everything.prompt_index[rows].cpu(), everything.group_ids[rows]
-                inputs = take_examples(self._rows, prompt_index[start : start + len(inputs)])
+                inputs = self._examples(prompt_index[start : start + len(inputs)], group_ids[start:])
         self._forwards = []
         try:
             output = super()._generate_and_score_completions(inputs)
@@ -461,6 +523,21 @@ class MethodTrainer(Hooks, GRPOTrainer):
         output |= {f"{CARRIED}{name}": value for name, value in self.carry(rollouts).items()}
         self._relog(rollouts)
         return output
+
+    def _examples(self, prompt_index: torch.Tensor, group_ids: torch.Tensor) -> list[dict]:
+        """The local rows of the training set, edited; `_edited` tells whose prompt was."""
+        examples = take_examples(self._rows, prompt_index)
+        if not self._overrides("edit_examples"):
+            return examples
+        prompts = [example["prompt"] for example in examples]
+        edited = self.edit_examples(copy.deepcopy(examples), group_ids[: len(examples)].cpu())
+        if len(edited) != len(examples):
+            raise ValueError(
+                f"{type(self).__name__}.edit_examples must return {len(examples)} examples, got {len(edited)}."
+            )
+        changed = [example["prompt"] != prompt for example, prompt in zip(edited, prompts, strict=True)]
+        self._edited = torch.tensor(changed, device=self.accelerator.device)
+        return edited
 
     def _score_only(self, examples: list[dict], num_generations: int) -> None:
         """Generate and score this process's rows; the results are in `_captured` and `_generated`."""
@@ -497,7 +574,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
         mine = [
             records[row] if row in records else moved[i] for i, row in enumerate(rows.tolist()) if owner[i] == process
         ]
-        prompt_ids, completion_ids, tool_mask, completions, logprobs, extra = zip(*mine, strict=True)
+        prompt_ids, completion_ids, tool_mask, completions, logprobs, extra, logged = zip(*mine, strict=True)
         self._cached = {
             "generated": (
                 list(prompt_ids),
@@ -509,6 +586,9 @@ class MethodTrainer(Hooks, GRPOTrainer):
                 None,
                 [],
             ),
+            "logged": {
+                column: [columns.get(column) for columns in logged] for column in {k: 0 for c in logged for k in c}
+            },
             "matrix": scored.reward_matrix[rows.to(scored.reward_matrix.device)],
             "changed": scored.changed_prompt[rows.to(scored.reward_matrix.device)],
         }
@@ -521,7 +601,10 @@ class MethodTrainer(Hooks, GRPOTrainer):
         share = -(-count // processes)
         start = self.accelerator.process_index * share
         positions = [position if position < count else 0 for position in range(start, start + share)]
-        examples = take_examples(self._rows, requests.prompt_index.cpu()[positions])
+        examples = self._examples(requests.prompt_index.cpu()[positions], requests.group_ids.cpu()[positions])
+        changed = torch.full((count,), requests.prompts is not None, device=device)
+        if self._overrides("edit_examples"):
+            changed |= gather(self._edited)[:count]
         if requests.prompts is not None:
             self._original_prompts = [example["prompt"] for example in examples]
             for example, position in zip(examples, positions, strict=True):
@@ -543,6 +626,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
                 completions[i],
                 None if logprobs is None else logprobs[i],
                 {key: values[i] if isinstance(values, list) else values for key, values in extra.items()},
+                {column: values[i] for column, values in self._captured["logged"].items()},
             )
             for i in range(share)
             if start + i < count
@@ -555,7 +639,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
             reward_weights=self.reward_weights.to(device),
             lengths=lengths[:count],
             truncated=truncated[:count],
-            changed_prompt=torch.full((count,), requests.prompts is not None, device=device),
+            changed_prompt=changed,
         )
         return scored, records
 
@@ -596,7 +680,12 @@ class MethodTrainer(Hooks, GRPOTrainer):
             mask = mask * output["tool_mask"]
         wanted = self._forward_once(output)
         lengths, truncated = self._facts()
-        changed = self._cached is not None and "changed" in self._cached
+        if self._cached is not None:
+            changed = self._cached["changed"]
+        elif training and self._indexed and self._overrides("edit_examples"):
+            changed = gather(self._edited)
+        else:
+            changed = torch.zeros_like(truncated)
         everything = Scored(
             prompt_index=prompt_index.to(device),
             group_ids=group_ids.to(device),
@@ -604,7 +693,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
             reward_weights=self.reward_weights.to(device),
             lengths=lengths,
             truncated=truncated,
-            changed_prompt=self._cached["changed"] if changed else torch.zeros_like(truncated),
+            changed_prompt=changed,
         )
         return Rollouts(
             **vars(everything),
@@ -616,6 +705,8 @@ class MethodTrainer(Hooks, GRPOTrainer):
             completion_mask=output["completion_mask"],
             mask=mask,
             completions=captured["completions"],
+            examples=captured["examples"],
+            logged=captured["logged"],
             training=training,
             generation=self._generation,
             step=self.state.global_step,
@@ -639,6 +730,8 @@ class MethodTrainer(Hooks, GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         if self._cached is not None:
             matrix = self._cached["matrix"]
+            for column, values in self._cached["logged"].items():
+                self._pending_extra_logs[column].extend(values)
         else:
             prompts = prompts if self._original_prompts is None else self._original_prompts
             matrix = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -655,13 +748,19 @@ class MethodTrainer(Hooks, GRPOTrainer):
         self._captured = {
             "matrix": matrix,
             "completions": completions,
+            "examples": inputs,
+            "logged": {
+                column: list(values)
+                for column, values in self._pending_extra_logs.items()
+                if len(values) == len(completions)
+            },
             "facts": [[length, ids[-1] not in ends] for length, ids in zip(lengths, completion_ids_list, strict=True)],
         }
         return matrix
 
     def _forward_once(self, output) -> dict:
         """What `needs` asks for, from TRL's own pass if it made one, else from one extra pass."""
-        wanted = self._wanted - {"ref_logps"}
+        wanted = self._wanted & {"old_logps", "entropies"}
         old = output.get("old_per_token_logps")
         if not wanted:
             return {"old_logps": old}
@@ -776,14 +875,31 @@ class MethodTrainer(Hooks, GRPOTrainer):
         recording = self._forwards is not None and model is not self.ref_model
         if recording and "entropies" in self._wanted:
             kwargs["compute_entropy"] = True
-        result = super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-        )
+        in_loss = self._loss_inputs is not None and not recording
+        with (
+            self._capture(logits_to_keep) if in_loss and "hidden_states" in self._wanted else contextlib.nullcontext()
+        ):
+            result = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
         if recording:
             self._forwards.append(result[:2])
-        elif self._loss_inputs is not None:
+        elif in_loss:
             self._open_loss(self._loss_inputs, *result[:2])
         return result
+
+    @contextlib.contextmanager
+    def _capture(self, keep: int):
+        """Keep the hidden states that predict the last tokens, in place of a second pass."""
+
+        def record(module, inputs, output):
+            self._hidden = output.last_hidden_state[:, -keep - 1 : -1].detach()
+
+        handle = self._causal_model.base_model.register_forward_hook(record)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _compute_loss(self, model, inputs):
         if not self._opens_loss and "rows" not in inputs:
@@ -798,7 +914,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
             tokens = self._tokens
         finally:
             self.epsilon_low, self.epsilon_high, self.beta = kept
-            self._loss_inputs = self._tokens = None
+            self._loss_inputs = self._tokens = self._hidden = None
         if self._own_surrogate:
             policy_loss = self._pipeline(tokens, inputs)
             total = total + policy_loss / accumulation
@@ -829,6 +945,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
             old_logps=logps.detach() if old is None else old,
             ref_logps=inputs.get("ref_per_token_logps"),
             sampling_logps=inputs.get("sampling_per_token_logps"),
+            hidden_states=self._hidden,
             entropies=entropies,
             advantages=advantages,
             mask=mask,
@@ -854,7 +971,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
         self._tokens = tokens
         # TRL's means over rollouts count the rows that only fill up a micro-batch.
         filled = len(logps) / tokens.rows if self.loss_type in ("grpo", "sapo", "dr_grpo", "luspo") else 1.0
-        self.beta *= filled
+        self.beta = self.kl_weight(tokens) * filled
         if self._own_surrogate:
             # TRL adds everything but the surrogate: KL, entropy bonus, auxiliary loss and their metrics. A zero
             # advantage silences its surrogate, a ratio of 1 keeps 0 * inf out (its KL correction wants the true one).
