@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_ext import EMPGConfig, EMPGTrainer, MethodTrainer
-from trl_ext.methods.empg import empg_advantages, step_means, step_numbers
+from trl_ext.core.rollouts import step_means, step_numbers
+from trl_ext.methods.empg import empg_advantages
 
 
 MASK = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 0, 1, 1]])

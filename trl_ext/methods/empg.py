@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import gather
 
 from ..core import MethodConfig, MethodTrainer, Rollouts
+from ..core.rollouts import step_means, step_numbers
 
 
 @dataclass
@@ -40,43 +41,6 @@ class EMPGConfig(MethodConfig):
         for name in ("empg_k", "empg_k_future", "empg_zeta"):
             self.check_range(name, getattr(self, name) >= 0, "at least 0")
         self.check_range("empg_eps", self.empg_eps > 0, "positive")
-
-
-def step_numbers(mask: torch.Tensor) -> torch.Tensor:
-    """
-    Number the steps of each rollout: a step is a run of tokens written by the model, between the outputs of tools.
-
-    Args:
-        mask (`torch.Tensor`):
-            1 for tokens written by the model, shape `(n, T)`.
-
-    Returns:
-        `torch.Tensor`: 0, 1, ... at the tokens of each rollout's steps, -1 elsewhere, shape `(n, T)`.
-    """
-    mask = mask.bool()
-    starts = mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]
-    return torch.where(mask, starts.cumsum(1) - 1, -1)
-
-
-def step_means(values: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """
-    Mean of a per-token quantity over each step.
-
-    Args:
-        values (`torch.Tensor`):
-            Shape `(n, T)`; anything outside of steps.
-        steps (`torch.Tensor`):
-            From [`step_numbers`], shape `(n, T)`.
-
-    Returns:
-        `torch.Tensor`: Shape `(n, S)`, NaN where a rollout has fewer than S steps.
-    """
-    size = int(steps.max()) + 1 if steps.numel() else 0
-    sums = values.new_zeros(len(values), size + 1)  # the last column takes what lies outside
-    column = torch.where(steps >= 0, steps, size)
-    counts = sums.scatter_add(1, column, torch.ones_like(values))
-    sums = sums.scatter_add(1, column, torch.where(steps >= 0, values, 0.0))
-    return torch.where(counts > 0, sums / counts, torch.nan)[:, :size]
 
 
 def empg_advantages(

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..core import MethodConfig, MethodTrainer, Rollouts, TokenBatch
-from ..core.rollouts import zero_signal
-from .empg import step_numbers
+from ..core.rollouts import step_numbers, zero_signal
 
 
 @dataclass
