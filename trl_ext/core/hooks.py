@@ -280,6 +280,13 @@ class Hooks:
         """
         return {}
 
+    def prompt_table(self) -> dict:
+        """
+        What the method knows of every prompt, by `<method>/<quantity>`: tensors or lists of length P. Written beside
+        every checkpoint as a table, for people to look at. Add through `super()`.
+        """
+        return {}
+
     def method_state(self) -> dict:
         """
         Everything that must survive a stop and is the same on every process: tensors, numbers, strings, lists and

@@ -35,6 +35,7 @@ ADDITIONS = (
     "regularizers",
     "observe",
     "carry",
+    "prompt_table",
     "method_state",
     "load_method_state",
     "local_state",

@@ -1,12 +1,15 @@
 """What a checkpoint holds beyond TRL's: one shared file, one file per process, and a marker written last."""
 
+import hashlib
 import json
 import os
 
 import torch
+from datasets import Dataset
 
 
 SHARED, LOCAL, MARKER = "trl_ext_state.pt", "trl_ext_local_{}.pt", "trl_ext_complete.json"
+PROMPTS = "trl_ext_prompts.parquet"
 
 
 def save(folder: str, shared: dict, local: dict, accelerator) -> None:
@@ -70,6 +73,33 @@ def load(folder: str, accelerator) -> tuple[dict, list[dict]]:
 def write(value: dict, path: str) -> None:
     torch.save(value, f"{path}.partial")
     os.replace(f"{path}.partial", path)
+
+
+def fingerprint(prompts) -> str:
+    """Identity of prompts in their order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(repr(prompt).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def write_prompts(folder: str, prompts, columns: dict) -> None:
+    """
+    Write what is known of every prompt as a table: its row, the beginning of its text, and the methods' columns.
+
+    Args:
+        folder (`str`):
+            An existing directory.
+        prompts (`Iterable`):
+            The prompts, texts or conversations.
+        columns (`dict`):
+            Tensors or lists with one entry per prompt.
+    """
+    texts = [prompt if isinstance(prompt, str) else str(prompt[-1].get("content")) for prompt in prompts]
+    table = {"row": list(range(len(texts))), "prompt": [text[:300] for text in texts]}
+    table |= {name: x.tolist() if isinstance(x, torch.Tensor) else list(x) for name, x in columns.items()}
+    Dataset.from_dict(table).to_parquet(os.path.join(folder, f"{PROMPTS}.partial"))
+    os.replace(os.path.join(folder, f"{PROMPTS}.partial"), os.path.join(folder, PROMPTS))
 
 
 def to_device(value, device):

@@ -20,7 +20,6 @@ each of them:
 import contextlib
 import copy
 import functools
-import hashlib
 import itertools
 import random
 import warnings
@@ -1031,10 +1030,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
         """Identity of the prompts in their order: per-prompt state is keyed by row."""
         if not self._indexed:
             return ""
-        digest = hashlib.sha256()
-        for prompt in self.train_dataset["prompt"]:
-            digest.update(repr(prompt).encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
+        return state.fingerprint(self.train_dataset["prompt"])
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
@@ -1066,6 +1062,8 @@ class MethodTrainer(Hooks, GRPOTrainer):
         if self._inside_generation:
             local["buffer"] = self._buffered_inputs
         state.save(folder, shared, local, self.accelerator)
+        if self._indexed and self.is_world_process_zero() and (columns := self.prompt_table()):
+            state.write_prompts(folder, self.train_dataset["prompt"], columns)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -250,6 +250,10 @@ class DCPOTrainer(MethodTrainer):
         mean = aggregate(per_token_loss, tokens.mask, "grpo", tokens.items, tokens.rows, self.max_completion_length)
         return mean * self.num_generations if self.args.dcpo_otm_scale == "sum_over_group" else mean
 
+    def prompt_table(self):
+        columns = zip(("visits", "mean", "std"), self.dcpo_history, strict=True)
+        return super().prompt_table() | {f"dcpo/{name}": column for name, column in columns}
+
     def method_state(self):
         return super().method_state() | {"dcpo": self.dcpo_history}
 

@@ -251,6 +251,11 @@ class KnapsackRLTrainer(MethodTrainer):
             self.knapsack_outcomes[row, window - len(newest) :] = torch.tensor(newest)
             self.knapsack_counts[row] += len(visit)
 
+    def prompt_table(self):
+        rates = torch.where(self.knapsack_counts > 0, self.knapsack_rates, torch.nan)
+        columns = {"knapsack/rollouts": self.knapsack_counts, "knapsack/rate": rates}
+        return super().prompt_table() | columns
+
     def method_state(self):
         state = {"rates": self.knapsack_rates, "counts": self.knapsack_counts, "outcomes": self.knapsack_outcomes}
         return super().method_state() | {"knapsack_rl": state}

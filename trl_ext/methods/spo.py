@@ -308,6 +308,13 @@ class SPOTrainer(MethodTrainer):
                 }
             )
 
+    def prompt_table(self):
+        evidence = self.spo_alpha + self.spo_beta
+        weights = spo_weights(self.spo_alpha, self.spo_beta, self.args.spo_explore_eps, self.args.spo_neff_power)
+        columns = {"visits": self.spo_visits, "value": self.spo_alpha / evidence, "evidence": evidence}
+        columns["weight"] = weights / weights.sum()
+        return super().prompt_table() | {f"spo/{name}": column for name, column in columns.items()}
+
     def method_state(self):
         tracker = {"alpha": self.spo_alpha, "beta": self.spo_beta, "visits": self.spo_visits}
         return super().method_state() | {"spo": tracker}
