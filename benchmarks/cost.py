@@ -68,7 +68,7 @@ def build(name, folder, model=POLICY_PATH, data=None, **settings):
         settings |= SETTINGS.get(part, {})
     args = config_class(folder, logging_steps=1, seed=1, **QUIET, **settings)
     data = arithmetic() if data is None else data
-    data = data.add_column("solution", [HINTS] * len(data))
+    data = data.add_column("solution", [HINTS] * len(data)).add_column("duration", [1.0] * len(data))
     trainer = trainer_class(model, exact_match, args, data)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -182,6 +182,7 @@ def memory_of_one(name):
             **SETTINGS.get(name, {}),
         )
         data = Dataset.from_list(list(arithmetic().select(range(16)))).add_column("solution", [HINTS] * 16)
+        data = data.add_column("duration", [1.0] * 16)
         os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
         trainer = Measured(
             folder, lambda completions, **kw: [float(i % 2) for i in range(8)], args, data, rollout_func=long

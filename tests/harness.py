@@ -101,6 +101,7 @@ HINTS = {"knowledge": ["carry"], "planning": ["units first"], "solution": ["add"
 ACTING = {
     "clip_cov": {"clip_cov_ratio": 0.2, "clip_cov_low": 1e-3},
     "d3s": {"d3s_n_final": 2, "d3s_k_final": 0.5, "d3s_k_init": 0.5},
+    "gdpo_nvidia": {"gdpo_batch_norm": "token"},  # a single reward is otherwise treated as in GRPO
     "grpo_lambda": {"lambda_top": 1.0},
     "kdrl": {"kd_beta_init": 0.5},
     "kl_cov": {"kl_cov_ratio": 0.2},
@@ -108,6 +109,7 @@ ACTING = {
     "llds": {"llds_coef": 2.0},
     "scaf_grpo": {"scaf_exempt_steps": 0},
     "spo": {"spo_offline_n": 0},
+    "stratified_grpo": {"stratified_key": "builtins:len"},  # of the completion
 }
 
 
@@ -145,6 +147,7 @@ def train_mix(names, teacher, wrap=lambda trainer: trainer, **settings):
     data = arithmetic(conversational=settings.pop("conversational", False)).select(range(4))
     for column, hints in HINTS.items():
         data = data.add_column(column, [hints] * 4)
+    data = data.add_column("duration", [0.5, 2.0, 1.0, 4.0])
     settings = {
         "num_generations": 4,
         "num_iterations": 2,

@@ -27,6 +27,17 @@ def rare_reward(completions, **kwargs):
     return [float(text[:1] == "7") for text in completions]
 
 
+def timed_reward(completions, log_extra, **kwargs):
+    log_extra("duration", [None if text[:1] == "4" else float(len(text)) for text in completions])
+    return digit_reward(completions)
+
+
+def step_timed_reward(completions, log_extra, **kwargs):
+    """Durations per step, but only on the processes that have an answer of one digit."""
+    log_extra("duration", [[0.5, 7.0] if len(text) == 1 else float(len(text)) for text in completions])
+    return digit_reward(completions)
+
+
 def recording(base):
     """The trainer class with a record of what its hooks saw."""
 
@@ -96,9 +107,21 @@ CASES = {
         {"clip_cov_scope": "global", "clip_cov_ratio": 0.2, "clip_cov_low": 0.01},
     ),
     "kl_cov global": (mix("kl_cov").Trainer, {"kl_cov_scope": "global", "kl_cov_ratio": 0.2}),
+    "gdpo_nvidia": (
+        mix("gdpo_nvidia").Trainer,
+        {
+            "rewards": [digit_reward, rare_reward],
+            "gdpo_batch_norm": "token",
+            "gdpo_condition": ["rare_reward:digit_reward:1"],
+        },
+    ),
+    "grpo_d": (mix("grpo_d").Trainer, {"kl_beta_max": 0.5, "num_iterations": 2}),
     "grpo_lambda": (mix("grpo_lambda").Trainer, {"lambda_top": 0.5}),
     "bnpo": (mix("bnpo").Trainer, {}),
     "ngrpo": (mix("ngrpo").Trainer, {}),
+    "dcpo": (mix("dcpo").Trainer, {"rows": 4, "num_iterations": 2}),
+    "duration_aware": (mix("duration_aware").Trainer, {"duration_normalize": "ema", "rewards": timed_reward}),
+    "duration_aware steps": (mix("duration_aware").Trainer, {"rewards": step_timed_reward}),
     "dynamic_sampling": (mix("dynamic_sampling").Trainer, {}),
     "knapsack_rl": (
         mix("knapsack_rl").Trainer,
@@ -111,6 +134,9 @@ CASES = {
     "disco": (mix("disco").Trainer, {"disco_beta": 0.0, "num_iterations": 2}),
     "llds": (mix("llds").Trainer, {"num_iterations": 2}),
     "kdrl": (mix("kdrl").Trainer, {"kd_teacher": POLICY_PATH, "kd_beta_init": 0.5, "num_iterations": 2}),
+    "riskpo": (mix("riskpo").Trainer, {"riskpo_bundle_size": 2, "riskpo_credit": "sum-mean"}),
+    "stratified_grpo": (mix("stratified_grpo").Trainer, {"stratified_key": "builtins:len"}),
+    "one_shot_rlvr": (mix("one_shot_rlvr").Trainer, {"rows": 4, "num_generations": 4}),
     "scaf_grpo": (mix("scaf_grpo").Trainer, {"scaf_exempt_steps": 0, "rewards": rare_reward}),
     "knapsack_rl + empg + llds": (
         mix("knapsack_rl", "empg", "llds").Trainer,
@@ -119,6 +145,12 @@ CASES = {
     "dynamic_sampling + d3s + clip_cov": (
         mix("dynamic_sampling", "d3s", "clip_cov").Trainer,
         {"clip_cov_scope": "global", "clip_cov_ratio": 0.2, "clip_cov_low": 0.01},
+    ),
+    "puct": (mix("puct").Trainer, {"rows": 4}),
+    "ttt_discover": (mix("ttt_discover").Trainer, {"max_grad_norm": 0.0, "learning_rate": 1e-4}),
+    "ttt_discover + puct": (
+        mix("ttt_discover", "puct").Trainer,
+        {"rows": 8, "entropic_kl_coef": 0.1, "rewards": rare_reward},
     ),
     "clip_cov + spo": (
         mix("clip_cov", "spo").Trainer,
@@ -140,7 +172,7 @@ def main(folder: str) -> None:
             rewards=settings.pop("rewards", digit_reward),
             rollout_func=scripted,
             optim="sgd",
-            learning_rate=0.05,
+            learning_rate=settings.pop("learning_rate", 0.05),
             max_steps=4,
             per_device_train_batch_size=16 // processes,
             **settings,

@@ -52,6 +52,18 @@ def test_chosen_prompts_are_trained_on():
     assert decoded == [trainer.train_dataset["prompt"][5]] * 4 + [trainer.train_dataset["prompt"][1]] * 4
 
 
+def test_a_data_set_smaller_than_a_generation_is_repeated_where_prompts_are_chosen():
+    data = arithmetic().select(range(2))
+    for chooser in (
+        {"choose_prompts": lambda self, n, generator: torch.tensor([1, 0, 0, 1])},
+        {"prompt_weights": lambda self: torch.ones(2)},
+        {"prompt_weights": lambda self: None},
+    ):
+        trainer = train(recording(**chooser), data=data, per_device_train_batch_size=16)
+        assert trainer.state.global_step == 3
+        assert {row for rollouts in trainer.seen for row in rollouts.prompt_index.tolist()} == {0, 1}
+
+
 def test_weights_decide_which_prompts_are_drawn():
     weights = torch.zeros(24)
     weights[[3, 7]] = 1.0

@@ -298,3 +298,16 @@ def test_a_blend_that_does_not_fit(blend, message):
         mix("spo", blend={"spo": 1})
     with pytest.raises(MixingError, match="contradict"):
         mix("clip_cov", "kl_cov", "spo", blend={"grpo": 1, "spo": 1})
+
+
+def test_trls_ways_to_its_own_advantages_are_refused_where_another_replaces_them():
+    settings = {"multi_objective_aggregation": "normalize_then_sum"}
+    with pytest.raises(ValueError, match=r"`multi_objective_aggregation=.normalize_then_sum.` .* which NGRPOTrainer"):
+        build(mix("ngrpo").Trainer, **settings)
+    for blend in ({"bnpo": 0.5, "ngrpo": 0.5}, {"bnpo": 0.5, "ngrpo": 0.5, "grpo": 1.0}):
+        cls, config = mix("bnpo", "ngrpo", blend=blend)
+        if "grpo" in blend:
+            build(cls, config, **settings)
+        else:
+            with pytest.raises(ValueError, match="which BNPONGRPOBlendTrainer replaces"):
+                build(cls, config, **settings)

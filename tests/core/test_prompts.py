@@ -22,6 +22,13 @@ def test_order_is_trls_over_epochs(shuffle):
     assert fresh.rows(9).tolist() == theirs[9] and fresh.rows(1).tolist() == theirs[1]
 
 
+def test_few_prompts_are_repeated():
+    order = ShuffledOrder(3, 7, shuffle=True, seed=7)
+    first, second = order.rows(0).tolist(), order.rows(1).tolist()
+    assert first[:3] == first[3:6] and sorted(first[:3]) == [0, 1, 2] and len(first) == 7
+    assert sorted(second[:3]) == [0, 1, 2] and order.rows(0).tolist() == first
+
+
 def test_generators_depend_on_every_key():
     draws = {
         torch.rand(1, generator=make_generator(*keys)).item()

@@ -5,9 +5,11 @@ from hypothesis import strategies as st
 from trl.trainer.utils import nanstd
 
 from trl_ext.core.rollouts import (
+    Scored,
     group_advantages,
     group_table,
     normalized_sum_advantages,
+    prompt_visits,
     weighted_sum,
     zero_signal,
 )
@@ -102,3 +104,22 @@ def test_one_rollout_per_group_gives_zero():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtype_is_kept(dtype):
     assert group_advantages(torch.tensor([1.0, 0.0], dtype=dtype), torch.zeros(2, dtype=torch.long)).dtype == dtype
+
+
+def test_visits_of_prompts():
+    """Groups of one prompt are joined; unscored rollouts and answers to a changed prompt are left out."""
+    nan = float("nan")
+    scored = Scored(
+        prompt_index=torch.tensor([7, 7, 3, 3, 7, 7, 9]),
+        group_ids=torch.tensor([0, 0, 1, 1, 2, 2, 3]),
+        reward_matrix=torch.tensor([[1.0, 2], [nan, nan], [0, nan], [1, 0], [3, 0], [0, 0], [nan, nan]]),
+        reward_weights=torch.tensor([1.0, 0.5]),
+        lengths=torch.ones(7),
+        truncated=torch.zeros(7, dtype=torch.bool),
+        changed_prompt=torch.tensor([False] * 3 + [True] + [False] * 3),
+    )
+    rows, rewards = prompt_visits(scored)
+    assert rows.tolist() == [3, 7] and rewards.dtype == torch.float64
+    assert rewards[1].tolist() == [2, 3, 0] and rewards[0, 0] == 0 and rewards[0, 1:].isnan().all()
+    rows, rewards = prompt_visits(scored, torch.full((7,), nan))
+    assert len(rows) == 0 and rewards.shape[0] == 0

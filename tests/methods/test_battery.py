@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from harness import difference, make_teacher, parameters, scripted, train_mix
+from harness import arithmetic, difference, make_teacher, parameters, scripted, sparse_reward, train, train_mix
 from peft import LoraConfig
 
 from trl_ext import MethodTrainer, mix
 from trl_ext.core.mixing import list_methods
+from trl_ext.core.rollouts import PER_ROLLOUT
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -20,8 +21,6 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain():
-    from harness import arithmetic, sparse_reward, train
-
     return train(
         MethodTrainer,
         data=arithmetic().select(range(4)),
@@ -41,13 +40,17 @@ def test_it_is_not_plain_grpo(name, teacher, plain):
 NEUTRAL = {
     "clip_cov": ({"clip_cov_low": 1e8, "clip_cov_high": 1e9, "epsilon": 0.2, "epsilon_high": 0.2}, 0.0),
     "d3s": ({"d3s_n_init": 4, "d3s_n_final": 4, "d3s_k_init": 1.0, "d3s_k_final": 1.0}, 1e-6),
+    "dcpo": ({"dcpo_use_sas": False, "dcpo_use_dac": False, "dcpo_use_otm": False}, 1e-6),
+    "duration_aware": ({"duration_min": 100.0}, 0.0),
     "dynamic_sampling": ({"ds_max_num_gen_batches": 1}, 0.0),
     "empg": ({"empg_k": 0.0, "empg_zeta": 0.0, "empg_center": False}, 1e-6),
+    "gdpo_nvidia": ({"gdpo_batch_norm": "sequence"}, 0.0),
     "grpo_lambda": ({"lambda_top": 0.0}, 0.0),
     "kdrl": ({"kd_beta_init": 0.0, "kd_beta_min": 0.0}, 1e-6),
     "knapsack_rl": ({"knapsack_min_history": 10_000, "knapsack_advantage_clip": None}, 0.0),
     "llds": ({"llds_coef": 0.0}, 1e-6),
     "scaf_grpo": ({"scaf_exempt_steps": 100}, 0.0),
+    "stratified_grpo": ({"stratified_key": "tool_calls"}, 0.0),  # of which there are none
 }
 
 
@@ -132,3 +135,163 @@ def test_state_goes_through_a_file_and_back(name, teacher, tmp_path):
     torch.save([trainer.method_state(), trainer.local_state()], path)
     shared, local = torch.load(path, weights_only=True)
     assert repr(shared) == repr(trainer.method_state()) and repr(local) == repr(trainer.local_state())
+
+
+# ------------------------------------------------------- the hooks themselves, on a generation and its micro-batch
+
+
+def capturing(base):
+    class Capturing(base):
+        def observe(self, rollouts):
+            super().observe(rollouts)
+            self.__dict__["rollouts"] = rollouts
+
+        def regularizers(self, tokens):
+            self.__dict__["tokens"] = tokens
+            return super().regularizers(tokens)
+
+    return Capturing
+
+
+@pytest.fixture(scope="module")
+def trained(teacher):
+    cache = {}
+
+    def get(name):
+        if name not in cache:
+            cache[name] = train_mix([name], teacher, wrap=capturing, **ALONE.get(name, {}))
+        return cache[name]
+
+    return get
+
+
+# Where rollouts are set in relation to others than those of their group, by chance.
+ALONE = {"duration_aware": {"duration_normalize": "none"}, "riskpo": {"riskpo_bundle_size": 1}}
+
+
+def rearranged(rollouts, rows, **changes):
+    """The generation with its rollouts in another order, or only some of them."""
+    parts = {}
+    for name, value in vars(rollouts).items():
+        if isinstance(value, torch.Tensor) and name != "reward_weights":
+            parts[name] = value[rows]
+        elif isinstance(value, list):
+            parts[name] = [value[row] for row in rows.tolist()]
+    parts |= {"shaped": None, "advantages": None, "selected": None, "local": slice(0, len(rows))}
+    parts["logged"] = {key: [values[row] for row in rows.tolist()] for key, values in rollouts.logged.items()}
+    made = rollouts.replace(**parts | changes)
+    everything = {name: getattr(made, name) for name in PER_ROLLOUT}
+    return made.replace(everything=rollouts.everything.replace(**everything))
+
+
+def advantages_of(trainer, rollouts):
+    rollouts = rollouts.replace(shaped=trainer.shape_rewards(rollouts))
+    found = trainer.compute_advantages(rollouts)
+    return found.double() * (rollouts.mask if found.dim() == 2 else 1)
+
+
+def generations(rollouts):
+    """Rewards of a generation with every kind of group: mixed, equal, partly and wholly unscored."""
+    nan = torch.nan
+    for rewards in (
+        [1, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 1],
+        [1, 0, nan, 0, nan, nan, nan, nan, 0, nan, nan, nan, 1, 1, 0, nan],
+    ):
+        matrix = torch.tensor(rewards, dtype=torch.float).unsqueeze(1)
+        yield rearranged(rollouts, torch.arange(len(rollouts)), reward_matrix=matrix)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_permuted_rollouts_have_permuted_advantages(name, trained):
+    trainer = trained(name)
+    for rollouts in generations(trainer.rollouts):
+        table = torch.arange(len(rollouts)).view(-1, 4)
+        order = table.gather(
+            1, torch.rand(table.shape, generator=torch.Generator().manual_seed(1)).argsort(1)
+        ).flatten()
+        found = advantages_of(trainer, rearranged(rollouts, order))
+        assert (found - advantages_of(trainer, rollouts)[order]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_unscored_rollouts_influence_nobody(name, trained):
+    trainer = trained(name)
+    *_, rollouts = generations(trainer.rollouts)
+    found = advantages_of(trainer, rollouts)
+    assert (found[~rollouts.scored] == 0).all() and found.isfinite().all()
+    kept = rollouts.scored.nonzero().squeeze(1)
+    assert (advantages_of(trainer, rearranged(rollouts, kept)) - found[kept]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_groups_of_one_rollout(name, trained):
+    trainer = trained(name)
+    rollouts = next(generations(trainer.rollouts))
+    alone = rearranged(rollouts, torch.arange(0, len(rollouts), 4))
+    assert advantages_of(trainer, alone).isfinite().all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_float32_agrees_with_float64(name, trained):
+    trainer = trained(name)
+    for rollouts in generations(trainer.rollouts):
+        double = rollouts.replace(reward_matrix=rollouts.reward_matrix.double())
+        single, oracle = advantages_of(trainer, rollouts), advantages_of(trainer, double)
+        assert (single - oracle).abs().max() <= 1e-4 * (1 + oracle.abs().max())
+
+
+# What these compare rewards with is not shifted: a range, a best reward, a threshold, a history.
+NOT_SHIFT_INVARIANT = {"bnpo", "dcpo", "grpo_lambda", "ngrpo", "riskpo", "spo"}
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - NOT_SHIFT_INVARIANT))
+def test_a_constant_added_to_all_rewards_changes_nothing(name, trained):
+    trainer = trained(name)
+    for rollouts in generations(trainer.rollouts):
+        shifted = rollouts.replace(reward_matrix=rollouts.reward_matrix + 0.75)
+        shifted = shifted.replace(everything=shifted.everything.replace(reward_matrix=shifted.reward_matrix))
+        assert (advantages_of(trainer, shifted) - advantages_of(trainer, rollouts)).abs().max() < 1e-5
+
+
+def loss_of(trainer, tokens, logps, entropies, mask, advantages):
+    """The whole loss of a method on a micro-batch, as a function of what the policy says."""
+    logps, entropies = logps.clone().requires_grad_(), entropies.clone().requires_grad_()
+    tokens = tokens.replace(logps=logps, entropies=entropies, mask=mask, model_mask=mask, advantages=advantages)
+    tokens = tokens.replace(log_ratio=trainer.log_ratio(tokens))
+    low, high = trainer.clip_range(tokens)
+    if isinstance(low, torch.Tensor) != isinstance(high, torch.Tensor):
+        low, high = (torch.as_tensor(bound).expand_as(logps) for bound in (low, high))
+    tokens = tokens.replace(ratio_low=low, ratio_high=high)
+    per_token, weights = trainer.policy_loss(tokens), trainer.token_weights(tokens)
+    loss = trainer.aggregate_loss(per_token if weights is None else per_token * weights, tokens)
+    loss = loss + sum(trainer.regularizers(tokens).values())
+    loss.backward()
+    nothing = torch.zeros_like(logps)
+    return loss.item(), *(nothing if part.grad is None else part.grad for part in (logps, entropies))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("spread", [0.1, 3.0, 25.0])
+def test_gradients_are_finite_and_masked_tokens_take_no_part(name, spread, trained):
+    """With ratios far beyond any bound, rows without tokens, and anything at all in masked places."""
+    trainer, generator = trained(name), torch.Generator().manual_seed(0)
+    tokens = trainer.tokens
+    mask = tokens.mask * (torch.rand(tokens.mask.shape, generator=generator) < 0.8)
+    mask[2] = 0
+    if trainer.importance_sampling_level == "sequence":
+        spread = min(spread, 3.0)
+    old = tokens.old_logps
+    logps = old + spread * (2 * torch.rand(old.shape, generator=generator) - 1)
+    entropies = 2 * torch.rand(old.shape, generator=generator)
+    advantages = torch.randn(old.shape[0], 1, generator=generator).expand(old.shape) * (
+        tokens.rewards != 0.5
+    ).unsqueeze(1)
+    first = loss_of(trainer, tokens, logps, entropies, mask, advantages)
+    assert all(torch.as_tensor(part).isfinite().all() for part in first)
+    outside = mask == 0
+    assert (first[1][outside] == 0).all() and (first[2][outside] == 0).all()
+    other = loss_of(
+        trainer, tokens, logps.masked_fill(outside, -9.0), entropies.masked_fill(outside, 5.0), mask, advantages
+    )
+    assert other[0] == pytest.approx(first[0], rel=1e-5, abs=1e-6)
+    assert torch.allclose(other[1], first[1], rtol=1e-4, atol=1e-6)

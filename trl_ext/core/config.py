@@ -1,7 +1,11 @@
 """Configuration of a method: TRL's `GRPOConfig` plus the paper's own fields."""
 
 import dataclasses
+import importlib
 import inspect
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 
 from trl import GRPOConfig
@@ -108,6 +112,41 @@ class MethodConfig(GRPOConfig):
 
 
 MethodConfig._declared = frozenset()
+
+
+def import_function(path: str, setting: str) -> Callable:
+    """
+    The function at an import path.
+
+    Args:
+        path (`str`):
+            `"package.module:function"`; modules in the working directory are found too.
+        setting (`str`):
+            Name of the setting, for the errors.
+
+    Returns:
+        `Callable`: the function.
+
+    Raises:
+        ValueError: if there is none; the message names the setting and the path.
+    """
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise ValueError(f"`{setting}` must be an import path such as 'my_task:function', got {path!r}.")
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = importlib.import_module(module)
+        for part in name.split("."):
+            function = getattr(function, part, None)
+    except ImportError as error:
+        raise ValueError(
+            f"`{setting}` is {path!r}, but the module {module!r} could not be imported ({error}): run from the "
+            "directory that holds it, or install it."
+        ) from error
+    if not callable(function):
+        raise ValueError(f"`{setting}` is {path!r}, but the module {module!r} has no function {name!r}.")
+    return function
 
 
 def _declarations(mro) -> dict[str, list[type]]:

@@ -26,6 +26,8 @@ class Hooks:
             Methods that it must not be mixed with, and why.
         runs_after (`tuple[str, ...]`):
             Methods whose results it refines, whatever the alphabetical order says.
+        blend (`dict[str, float]`):
+            Weights of the advantages that a blend sums, by method; [`mix`] sets it.
         needs_off_policy (`str`):
             What the method cannot do when strictly on-policy; a warning says so when such a trainer is built.
         whole_groups (`bool`):
@@ -38,6 +40,7 @@ class Hooks:
     ignores: tuple[str, ...] = ()
     contradicts: dict[str, str] = {}
     runs_after: tuple[str, ...] = ()
+    blend: dict[str, float] = {}
     needs_off_policy = ""
     whole_groups = False
     _tag_names = ["trl", "grpo", "trl-ext"]

@@ -151,6 +151,7 @@ def _blended(trainers: list[type], blend: dict[str, float], key: str) -> type:
             "_name": f"blend of {', '.join(f'{w:g} {slug}' for slug, w in blend.items())}",
             "_tag_names": list(dict.fromkeys(tag for base in bases for tag in base._tag_names)),
             "config_class": mixed_config(bases, f"{name}Config", __name__, f"{key}+Config"),
+            "blend": blend,
             "compute_advantages": compute_advantages,
             "replaces": ("compute_advantages",),
         },

@@ -27,7 +27,8 @@ def make_generator(seed: int, purpose: str, *keys: int) -> torch.Generator:
 class ShuffledOrder:
     """
     The order in which TRL's `RepeatSampler` visits prompts, as a function of the generation counter: one permutation
-    per epoch, drawn one after the other from one seed, cut into chunks; what does not fill a chunk is left out.
+    per epoch, drawn one after the other from one seed, cut into chunks; what does not fill a chunk is left out. Fewer
+    prompts than a chunk (TRL would not train at all) are repeated.
 
     Args:
         size (`int`):
@@ -46,7 +47,7 @@ class ShuffledOrder:
 
     def rows(self, generation: int) -> torch.Tensor:
         """Rows that generation number `generation` draws, shape `(chunk,)`."""
-        epoch, position = divmod(generation, self.size // self.chunk)
+        epoch, position = divmod(generation, max(1, self.size // self.chunk))
         if epoch < self._epoch or self._epoch < 0:
             self._epoch, self._generator = -1, torch.Generator().manual_seed(self.seed)
         while self._epoch < epoch:
@@ -54,7 +55,8 @@ class ShuffledOrder:
             self._order = (
                 torch.randperm(self.size, generator=self._generator) if self.shuffle else torch.arange(self.size)
             )
-        return self._order[position * self.chunk : (position + 1) * self.chunk]
+        order = self._order.repeat(-(-self.chunk // self.size)) if self.size < self.chunk else self._order
+        return order[position * self.chunk : (position + 1) * self.chunk]
 
 
 def draw_rows(weights: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:

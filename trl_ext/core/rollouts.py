@@ -314,6 +314,27 @@ def group_table(values: torch.Tensor, group_ids: torch.Tensor) -> tuple[torch.Te
     return table, row, column
 
 
+def prompt_visits(scored: Scored, rewards: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    What a generation says about its prompts: the rewards of each, over all its groups, without unscored rollouts and
+    answers to a changed prompt.
+
+    Args:
+        scored ([`Scored`]):
+            A training generation; `rollouts.everything` for also what is not trained on.
+        rewards (`torch.Tensor`, *optional*):
+            Shape `(N,)`; the weighted sum of the unshaped rewards by default.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: rows of the training set `(U,)`, ascending, and their rewards `(U, most)`,
+        padded with NaN; in float64 on the CPU.
+    """
+    rewards = (scored.raw_rewards if rewards is None else rewards).cpu().double()
+    usable = ~rewards.isnan() & ~scored.changed_prompt.cpu()
+    rows = scored.prompt_index.cpu()[usable]
+    return rows.unique(), group_table(rewards[usable], rows)[0]
+
+
 def zero_signal(rewards: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
     """
     Rollouts of groups without a learning signal: all their scored rewards are equal (by equality, since a float

@@ -88,7 +88,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
         self._prepared = False
         self._scoring = False
         self._captured = None
-        self._cached = self._generated = self._original_prompts = None
+        self._cached = self._generated = self._original_prompts = self._edited = None
         self._forwards = None
         self._loss_inputs = self._tokens = self._hidden = None
         self._entropy_mask = None
@@ -119,6 +119,12 @@ class MethodTrainer(Hooks, GRPOTrainer):
                 f"`num_generations` is 1, but {cls.__name__} compares the rollouts of a prompt with each other: set "
                 "it to at least 2, or mix in a method with a baseline of its own, such as SPO."
             )
+        replaced = [c for c in mixing.methods_of(cls) if "compute_advantages" in c.__dict__.get("replaces", ())]
+        if args.multi_objective_aggregation != "sum_then_normalize" and replaced and "grpo" not in cls.blend:
+            raise ValueError(
+                f"`multi_objective_aggregation={args.multi_objective_aggregation!r}` is a way to TRL's advantages, "
+                f"which {replaced[0].__name__} replaces: leave it at 'sum_then_normalize'."
+            )
         if isinstance(train_dataset, IterableDataset):
             by_index = ("choose_prompts", "prompt_weights", "prompt_budgets", "edit_examples", "more_rollouts")
             by_index += ("observe", "prepare")
@@ -129,7 +135,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
                 )
         elif isinstance(train_dataset, Dataset):
             chunk = args.generation_batch_size // args.num_generations
-            if len(train_dataset) < chunk:
+            if len(train_dataset) < chunk and not cls._overrides("choose_prompts", "prompt_weights"):
                 raise ValueError(
                     f"`train_dataset` has {len(train_dataset)} rows, but one generation takes {chunk} prompts "
                     f"(`generation_batch_size` {args.generation_batch_size} / `num_generations` "
@@ -446,7 +452,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
             return super().get_train_dataloader()
         # The loader is only a clock: prompts are bound when it is time to generate, so it need not decode them.
         dataset = self.train_dataset
-        self.train_dataset = Dataset.from_dict({"prompt": range(len(dataset))})
+        self.train_dataset = Dataset.from_dict({"prompt": range(max(len(dataset), self._order.chunk))})
         try:
             return super().get_train_dataloader()
         finally:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..core import MethodConfig, MethodTrainer, Rollouts
+from ..core.rollouts import prompt_visits
 
 
 @dataclass
@@ -238,12 +239,10 @@ class KnapsackRLTrainer(MethodTrainer):
 
     def observe(self, rollouts: Rollouts):
         super().observe(rollouts)
-        scored, window = rollouts.everything, self.args.knapsack_history
-        rewards = scored.raw_rewards
-        usable = (~rewards.isnan() & ~scored.changed_prompt).cpu()
-        rows, rewards = scored.prompt_index.cpu()[usable], rewards.cpu()[usable]
-        for row in rows.unique().tolist():
-            visit = (rewards[rows == row] > self.args.knapsack_success_threshold).tolist()
+        window, threshold = self.args.knapsack_history, self.args.knapsack_success_threshold
+        for row, rewards in zip(*prompt_visits(rollouts.everything), strict=True):
+            row = int(row)
+            visit = (rewards[~rewards.isnan()] > threshold).tolist()
             kept = min(int(self.knapsack_counts[row]), window)
             earlier = self.knapsack_outcomes[row, window - kept :].tolist()
             self.knapsack_rates[row] = knapsack_rate(visit, earlier, window)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from ..core import MethodConfig, MethodTrainer, Rollouts
+from ..core.rollouts import prompt_visits
 
 
 @dataclass
@@ -125,15 +125,11 @@ class OneShotRLVRTrainer(MethodTrainer):
     def observe(self, rollouts: Rollouts):
         super().observe(rollouts)
         everything = rollouts.everything
-        rewards = everything.reward_matrix[:, self.one_shot_column].masked_fill(everything.changed_prompt, torch.nan)
-        visit: dict[int, list[float]] = {}
-        for row, reward in zip(everything.prompt_index.tolist(), rewards.tolist(), strict=True):
-            if reward == reward:
-                visit.setdefault(row, []).append(reward)
-        for row, outcomes in visit.items():
-            self.one_shot_histories.setdefault(row, []).append(sum(outcomes) / len(outcomes))
-        variances = [historical_variance(self.one_shot_histories[row]) for row in visit]
-        if variances:
+        rows, outcomes = prompt_visits(everything, everything.reward_matrix[:, self.one_shot_column])
+        for row, mean in zip(rows.tolist(), outcomes.nanmean(1).tolist(), strict=True):
+            self.one_shot_histories.setdefault(row, []).append(mean)
+        if len(rows):
+            variances = [historical_variance(self.one_shot_histories[row]) for row in rows.tolist()]
             self.log_metric("one_shot_rlvr/variance", sum(variances) / len(variances))
 
     def prompt_table(self):

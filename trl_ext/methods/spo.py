@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..core import MethodConfig, MethodTrainer, Rollouts
-from ..core.rollouts import weighted_sum
+from ..core.rollouts import prompt_visits, weighted_sum
 
 
 @dataclass
@@ -256,20 +256,16 @@ class SPOTrainer(MethodTrainer):
 
     def observe(self, rollouts: Rollouts):
         super().observe(rollouts)
-        rewards = self._spo_rescale(rollouts.rewards).cpu().double()
-        scored = ~rewards.isnan() & ~rollouts.changed_prompt.cpu()  # an answer to a hint is no evidence
-        rows, inverse = rollouts.prompt_index.cpu()[scored].unique(return_inverse=True)
+        rows, rewards = prompt_visits(rollouts, self._spo_rescale(rollouts.rewards))
         if self.args.spo_rho_mode == "kl":
             drift = self._spo_drift(rows)
             rho = spo_rho(drift, self.args.spo_d_half, self.args.spo_rho_min, self.args.spo_rho_max)
-            self._spo_store(rollouts, scored)
+            self._spo_store(rollouts, rows)
             self.log_metric("spo/drift", drift.mean())
         else:
             rho = torch.full((len(rows),), self.args.spo_rho_min, dtype=torch.float64)
-        total = torch.zeros(len(rows), dtype=torch.float64).index_add(0, inverse, rewards[scored])
-        count = torch.bincount(inverse, minlength=len(rows))
         self.spo_alpha[rows], self.spo_beta[rows] = spo_update(
-            self.spo_alpha[rows], self.spo_beta[rows], rho, total, count
+            self.spo_alpha[rows], self.spo_beta[rows], rho, rewards.nansum(1), (~rewards.isnan()).sum(1)
         )
         self.spo_visits[rows] += 1
         self.log_metric("spo/rho", rho.mean())
@@ -289,14 +285,13 @@ class SPOTrainer(MethodTrainer):
         total, count = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum").cpu()
         return total / count.clamp(min=1)
 
-    def _spo_store(self, rollouts: Rollouts, scored: torch.Tensor) -> None:
-        for row in rollouts.prompt_index[scored.to(rollouts.prompt_index.device)].unique().tolist():
+    def _spo_store(self, rollouts: Rollouts, rows: torch.Tensor) -> None:
+        for row in rows.tolist():
             self.spo_stored.pop(row, None)  # the new visit replaces the old, whichever process made it
+        usable = ~rollouts.rewards.isnan() & ~rollouts.changed_prompt  # an answer to a hint is no evidence
         for i, row in enumerate(rollouts.prompt_index[rollouts.local].tolist()):
-            if not scored[rollouts.local.start + i]:
-                continue
             tokens = int(rollouts.completion_mask[i].sum())
-            if tokens == 0:  # a masked truncated completion has no drift
+            if not usable[rollouts.local.start + i] or tokens == 0:  # a masked truncated completion has no drift
                 continue
             self.spo_stored.setdefault(row, []).append(
                 {
