@@ -91,6 +91,22 @@ class TestPrecedence:
         assert parsed.args.output_dir == "runs/clip_cov+spo"
         assert parse(["kl_cov"], None, ["--config", config, "--methods", "spo"]).Trainer is SPOTrainer
 
+    def test_a_blend(self):
+        names, weights = ["--methods", "spo", "bnpo"], {"spo": 0.5, "bnpo": 1.5}
+        blended = mix("spo", "bnpo", blend=weights).Trainer
+        parsed = parse(argv=[*names, "--blend", "spo=0.5", "bnpo=1.5"])
+        assert parsed.Trainer is blended and parsed.recipe.blend == ["spo=0.5", "bnpo=1.5"]
+        assert parse(argv=[*names, "--config", write_yaml("c.yaml", blend=weights)]).Trainer is blended
+        for blend, message in {
+            "spo": "name=number for every estimator, got 'spo'",
+            "spo=x": "got 'spo=x'",
+            "spo=1": "'bnpo' is missing",
+        }.items():
+            with pytest.raises(ValueError, match=message):
+                parse(argv=[*names, "--blend", blend])
+        with pytest.raises(ValueError, match="no method is named"):
+            parse(argv=["--blend", "spo=1"])
+
     def test_defaults_of_the_recipes_own_method_do_not_stop_another(self):
         assert parse(["spo"], {"spo_offline_n": 2}, ["--methods", "clip_cov"]).recipe.methods == ["clip_cov"]
         with pytest.raises(ValueError, match="unknown key 'spo_offline'"):

@@ -172,7 +172,12 @@ def parse(
     chosen = [chosen] if isinstance(chosen, str) else list(chosen or [])
     blend = named.blend if named.blend is not None else file.pop("blend", [])
     file.pop("blend", None)
-    weights = _weights([blend] if isinstance(blend, str) else list(blend or []))
+    if isinstance(blend, dict):  # as YAML has it
+        blend = [f"{name}={weight}" for name, weight in blend.items()]
+    blend = [blend] if isinstance(blend, str) else list(blend or [])
+    weights = _weights(blend)
+    if weights and not chosen:
+        raise ValueError(f"`blend` weighs {', '.join(weights)}, but no method is named: give --methods.")
     Trainer, Config = mix(*chosen, blend=weights) if chosen else Mix(MethodTrainer, MethodConfig)  # noqa: N806
 
     types = (RecipeArguments, Config, ModelConfig)
