@@ -87,6 +87,16 @@ def test_mixes_of_three(names, teacher, alone, tmp_path):
     assert check(names, teacher, alone, tmp_path)
 
 
+@pytest.mark.parametrize("names", [("bnpo", "spo"), ("bnpo", "clip_cov", "spo")], ids="+".join)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_blends_train_and_resume(names, teacher, alone, tmp_path):
+    blend = {"spo": 0.5, "bnpo": 0.5}
+    whole = train_mix(names, teacher, blend=blend, out=tmp_path, save_strategy="steps", save_steps=3)
+    assert all(difference(whole, alone(name)) > 0 for name in names)
+    resumed = train_mix(names, teacher, blend=blend, out=tmp_path, resume=str(tmp_path / "checkpoint-3"))
+    assert difference(whole, resumed) == 0.0
+
+
 def accepted(names):
     try:
         return bool(mix(*names))
