@@ -92,6 +92,20 @@ class BudgetTrainer(MethodTrainer):
         return torch.tensor([7, 3, 5, 1])[: len(rows)]
 
 
+class MeasuringTrainer(MethodTrainer):
+    """Keeps what it measures of samples that come from several chunks and processes."""
+
+    def prepare(self):
+        super().prepare()
+        rewards, found = self.score_prompts(
+            torch.tensor([3, 1, 2]), 8, measure=lambda row, samples: [row, *(s.completion_ids for s in samples)]
+        )
+        self.found = {"rewards": rewards, "samples": found}
+
+    def method_state(self):
+        return super().method_state() | {"found": self.found}
+
+
 # name: (trainer class, settings)
 CASES = {
     "neutral": (MethodTrainer, {}),
@@ -100,6 +114,7 @@ CASES = {
     "dropping": (DroppingTrainer, {"loss_type": "grpo"}),
     "dropping, dapo": (DroppingTrainer, {}),
     "rounds": (RoundsTrainer, {}),
+    "measuring": (MeasuringTrainer, {}),
     "spo": (mix("spo").Trainer, {"spo_offline_n": 1}),
     "spo constant": (mix("spo").Trainer, {"spo_offline_n": 0, "spo_rho_mode": "constant"}),
     "clip_cov global": (
@@ -115,6 +130,24 @@ CASES = {
             "gdpo_condition": ["rare_reward:digit_reward:1"],
         },
     ),
+    "bapo": (
+        mix("bapo").Trainer,
+        {
+            "bapo_target": 0.7,
+            "bapo_low_start": 0.99,
+            "bapo_low_step": 0.01,
+            "bapo_high_start": 1.0,
+            "bapo_high_step": 1e-3,
+            "bapo_high_max": 1.02,
+            "num_iterations": 2,
+        },
+    ),
+    "epo": (
+        mix("epo").Trainer,
+        {"epo_coef": 0.1, "epo_kappa_low": 0.8, "epo_kappa_high": 1.2, "num_iterations": 2},
+    ),
+    # The likelihood term is a mean over each process's micro-batch, as in the authors' code.
+    "gppo": (mix("gppo").Trainer, {"gppo_pos_coef": 0.0, "epsilon": 0.01, "epsilon_high": 0.01, "num_iterations": 2}),
     "grpo_d": (mix("grpo_d").Trainer, {"kl_beta_max": 0.5, "num_iterations": 2}),
     "grpo_lambda": (mix("grpo_lambda").Trainer, {"lambda_top": 0.5}),
     "bnpo": (mix("bnpo").Trainer, {}),
@@ -138,6 +171,10 @@ CASES = {
     "stratified_grpo": (mix("stratified_grpo").Trainer, {"stratified_key": "builtins:len"}),
     "one_shot_rlvr": (mix("one_shot_rlvr").Trainer, {"rows": 4, "num_generations": 4}),
     "scaf_grpo": (mix("scaf_grpo").Trainer, {"scaf_exempt_steps": 0, "rewards": rare_reward}),
+    "blend of bnpo and spo": (
+        mix("bnpo", "spo", blend={"bnpo": 0.5, "spo": 0.5}).Trainer,
+        {"spo_offline_n": 0, "spo_rho_mode": "constant"},
+    ),
     "knapsack_rl + empg + llds": (
         mix("knapsack_rl", "empg", "llds").Trainer,
         {"rows": 4, "knapsack_min_history": 1, "num_iterations": 2},

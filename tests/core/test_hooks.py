@@ -423,6 +423,23 @@ def test_score_prompts_leaves_no_trace():
     assert trainer.state.log_history[0]["num_rollouts"] == plain.state.log_history[0]["num_rollouts"] + 32
 
 
+def test_samples_are_measured_by_row():
+    trainer = build(MethodTrainer, rewards=[lambda completions, **kw: [float(len(c)) for c in completions]] * 2)
+    tokenizer, rows = trainer.processing_class, torch.tensor([6, 2, 9])
+
+    def measure(row, samples):
+        prompt = tokenizer.decode(samples[0].prompt_ids)
+        assert all(tokenizer.decode(s.completion_ids, skip_special_tokens=True) == s.completion for s in samples)
+        assert [s.rewards for s in samples] == [[len(s.completion)] * 2 for s in samples]
+        return row, prompt, len(samples), sum(s.rewards[0] for s in samples)
+
+    for n in (3, 11):  # 11 samples of a row come from several chunks of 8
+        rewards, measured = trainer.score_prompts(rows, n, measure=measure)
+        assert [found[:3] for found in measured] == [(r, trainer.train_dataset["prompt"][r], n) for r in (6, 2, 9)]
+        assert [found[3] for found in measured] == rewards[:, :, 0].sum(1).tolist()
+    assert trainer.score_prompts(rows, 0, measure=lambda row, samples: (row, samples))[1][2] == (9, [])
+
+
 def test_score_prompts_scores_the_right_rows():
     def length_of_prompt(prompts, completions, **kwargs):
         return [float(len(prompt)) for prompt in prompts]

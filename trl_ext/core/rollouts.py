@@ -84,6 +84,26 @@ class Requests:
     prompts: list | None = None
 
 
+@dataclass
+class Sample:
+    """
+    A rollout made outside a training step.
+
+    Attributes:
+        prompt_ids (`list[int]`), completion_ids (`list[int]`):
+            Its tokens.
+        completion (`str` or `list[dict]`):
+            What was written, as the reward functions saw it.
+        rewards (`list[float]`):
+            What the K reward functions returned; NaN for None.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    completion: "str | list[dict]"
+    rewards: list[float] = dataclasses.field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Rollouts(Scored):
     """

@@ -23,6 +23,7 @@ import functools
 import itertools
 import random
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ from .batches import masked, merge_rows, take_examples, take_rows, trim
 from .config import MethodConfig
 from .hooks import Hooks
 from .prompts import ShuffledOrder, make_generator
-from .rollouts import Requests, Rollouts, Scored, TokenBatch, zero_signal
+from .rollouts import Requests, Rollouts, Sample, Scored, TokenBatch, zero_signal
 
 
 NEEDS = {"old_logps", "ref_logps", "entropies", "hidden_states"}
@@ -261,7 +262,9 @@ class MethodTrainer(Hooks, GRPOTrainer):
         joined = torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
         return joined.to(flat.dtype), sum(sizes[: self.accelerator.process_index])
 
-    def score_prompts(self, rows: torch.Tensor, n: int, dataset: Dataset | None = None) -> torch.Tensor:
+    def score_prompts(
+        self, rows: torch.Tensor, n: int, dataset: Dataset | None = None, measure: Callable | None = None
+    ) -> "torch.Tensor | tuple[torch.Tensor, list]":
         """
         Generate and score outside a training step, on whatever engine the trainer uses. The work is shared evenly by
         all processes, every one of which must call it. Random states, metrics and logs stay as they were; the
@@ -274,12 +277,17 @@ class MethodTrainer(Hooks, GRPOTrainer):
                 Rollouts per row.
             dataset ([`~datasets.Dataset`], *optional*):
                 Where the rows lie; the training set by default. Rollouts of another one do not count as spent.
+            measure (`Callable`, *optional*):
+                Called once for each of the rows, on one of the processes, with the row and its list of n [`Sample`];
+                returns whatever is to be known of them.
 
         Returns:
-            `torch.Tensor`: Rewards of the K functions, shape `(len(rows), n, K)`, the same on every process.
+            `torch.Tensor`: Rewards of the K functions, shape `(len(rows), n, K)`, the same on every process; with
+            `measure` a tuple of that and the list of what it returned, one for each of the rows, too.
         """
         if len(rows) == 0 or n == 0:
-            return torch.zeros(len(rows), n, len(self.reward_funcs))
+            rewards = torch.zeros(len(rows), n, len(self.reward_funcs))
+            return rewards if measure is None else (rewards, [measure(int(row), []) for row in rows])
         examples = torch.as_tensor(rows).repeat_interleave(n)
         count, processes = len(examples), self.accelerator.num_processes
         # As many rows at once as a training generation has, which is known to fit, and evenly.
@@ -287,7 +295,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
         share = -(-count // (-(-count // most) * processes))
         padding = -count % (share * processes)
         examples = torch.cat([examples, examples[:1].expand(padding)])
-        results = []
+        results, waiting, measured = [], {}, {}
         self._score_calls += 1
         process, spent = self.accelerator.process_index, self._rollouts_spent
         with (
@@ -298,14 +306,31 @@ class MethodTrainer(Hooks, GRPOTrainer):
         ):
             chunks = examples.split(share * processes)
             hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
-            for chunk in tqdm(chunks, desc="Scoring prompts", leave=False, disable=hidden):
+            for i, chunk in enumerate(tqdm(chunks, desc="Scoring prompts", leave=False, disable=hidden)):
                 self._score_only(
                     take_examples(self._rows if dataset is None else dataset, chunk[process * share :][:share]), 1
                 )
                 results.append(self._captured["matrix"])
+                if measure is None:
+                    continue
+                # A row's samples may come from several chunks and processes: wait until all are there.
+                prompt_ids, completion_ids, _, completions, *_ = self._generated
+                samples = [Sample(*part) for part in zip(prompt_ids, completion_ids, completions, strict=True)]
+                for j, sample in enumerate(gather_object(samples), i * share * processes):
+                    row = j // n
+                    if row >= len(rows) or row % processes != process:
+                        continue
+                    sample.rewards = results[-1][j - i * share * processes].tolist()
+                    waiting.setdefault(row, []).append(sample)
+                    if len(waiting[row]) == n:
+                        measured[row] = measure(int(rows[row]), waiting.pop(row))
         if dataset is not None:
             self._rollouts_spent = spent
-        return torch.cat(results)[:count].view(len(rows), n, -1)
+        rewards = torch.cat(results)[:count].view(len(rows), n, -1)
+        if measure is None:
+            return rewards
+        everything = {row: value for part in gather_object([measured]) for row, value in part.items()}
+        return rewards, [everything[row] for row in range(len(rows))]
 
     def sequence_logps(self, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:
         """
