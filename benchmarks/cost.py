@@ -1,10 +1,11 @@
 """
 What each method costs against plain TRL: step time, interleaved in one process, and peak memory of live tensors, one
-fresh process per method. Prints a table and writes `benchmarks/results/<time|memory>.json`.
+fresh process per method. Prints a table and writes `benchmarks/results/<time|memory|choose>.json`.
 
 ```bash
 python benchmarks/cost.py time [method ...]      # names as in trl_ext.mix; "a+b" is a mix
 python benchmarks/cost.py memory [method ...]
+python benchmarks/cost.py choose [method ...]    # milliseconds to choose 128 of 100,000 prompts, megabytes of state
 ```
 
 Only the ratios mean anything: both sides of each come from the same run on the same machine.
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
 from importlib.metadata import version
 from pathlib import Path
@@ -203,9 +205,33 @@ def measure_memory(names):
     return {name: {"ratio": peak / plain, "bytes": peak, "bytes of trl": plain} for name, peak in peaks.items()}
 
 
+def measure_choice(names, prompts=100_000, chosen=128):
+    """Time to choose a generation's prompts and budgets, and size of the saved state, for methods that choose."""
+    data = Dataset.from_dict({"prompt": [f"{i}+1=" for i in range(prompts)], "answer": ["0"] * prompts})
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            trainer_class, _ = classes(name)
+            if not trainer_class._overrides("choose_prompts", "prompt_weights", "prompt_budgets"):
+                continue
+            trainer = build(
+                name, folder, data=data, num_generations=2, generation_batch_size=2 * chosen, max_completion_length=4
+            )
+            times = []
+            for _ in range(21):
+                start = time.perf_counter()
+                trainer._plan()
+                times.append(1000 * (time.perf_counter() - start))
+            torch.save(trainer.method_state(), f"{folder}/state.pt")
+            megabytes = Path(folder, "state.pt").stat().st_size / 2**20
+            results[name] = {"milliseconds": round(statistics.median(times[1:]), 1), "megabytes": round(megabytes, 1)}
+            print(f"{name}: {results[name]['milliseconds']} ms, {results[name]['megabytes']} MB", flush=True)
+    return results
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=["time", "memory", "memory-of-one"])
+    parser.add_argument("what", choices=["time", "memory", "memory-of-one", "choose"])
     parser.add_argument("methods", nargs="*", help="default: neutral and all methods")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=24)
@@ -215,7 +241,10 @@ def main():
     if options.what == "memory-of-one":
         print(memory_of_one(names[0]))
         return
-    rows = measure_time(names, options.rounds, options.steps) if options.what == "time" else measure_memory(names)
+    if options.what == "time":
+        rows = measure_time(names, options.rounds, options.steps)
+    else:
+        rows = {"memory": measure_memory, "choose": measure_choice}[options.what](names)
     RESULTS.mkdir(exist_ok=True)
     versions = {name: version(name) for name in ("trl-ext", "trl", "transformers", "torch")}
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
@@ -223,7 +252,7 @@ def main():
     known = json.loads(path.read_text())["rows"] if path.exists() else {}
     path.write_text(json.dumps({"versions": versions, **machine, "rows": known | rows}, indent=2) + "\n")
     for name, row in rows.items():
-        print(f"{name:24} {row.get('median', row.get('ratio')):.3f}")
+        print(f"{name:24} {row.get('median', row.get('ratio', row.get('milliseconds'))):.3f}")
 
 
 if __name__ == "__main__":

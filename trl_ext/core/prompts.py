@@ -85,3 +85,58 @@ def draw_rows(weights: torch.Tensor, n: int, generator: torch.Generator) -> torc
         )
     replacement = int((weights > 0).sum()) < n
     return torch.multinomial(weights, n, replacement=replacement, generator=generator)
+
+
+def top_rows(scores: torch.Tensor, n: int) -> torch.Tensor:
+    """
+    The prompts of largest score.
+
+    Args:
+        scores (`torch.Tensor`):
+            Shape `(P,)`, without NaN.
+        n (`int`):
+            Number of prompts to take.
+
+    Returns:
+        `torch.Tensor`: `n` rows, ascending; equal scores to the lower row. With fewer prompts than `n` all of them,
+        as often as they fit, and then the best once more.
+    """
+    rounds, rest = divmod(n, len(scores))
+    rows = torch.arange(len(scores)).repeat(rounds)
+    if rest == 0:
+        return rows
+    least = scores.topk(rest).values[-1]
+    above = (scores > least).nonzero().squeeze(1)
+    equal = (scores == least).nonzero().squeeze(1)[: rest - len(above)]
+    return torch.cat([rows, torch.cat([above, equal]).sort().values])
+
+
+def draw_by_deficit(deficits: torch.Tensor, target: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Draw prompts such that the counts stay close to what a target distribution expects, closer than independent draws:
+    each time the prompt with the largest deficit, its expected minus its actual count.
+
+    Args:
+        deficits (`torch.Tensor`):
+            Of all draws before, shape `(P,)`, in float64.
+        target (`torch.Tensor`):
+            Probability of each prompt, shape `(P,)`.
+        n (`int`):
+            Number of prompts to draw.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: `n` rows, equal deficits to the lower row; and the deficits after them.
+    """
+    first = deficits + target
+    best = top_rows(first, min(n, len(target)))
+    # Nobody else can be drawn unless it grows faster than one of these, and passes the last of them in time.
+    others = (target > target[best].min()) & (deficits + n * target >= first[best].min())
+    others[best] = True
+    rows = others.nonzero().squeeze(1)
+    growth, current, drawn = target[rows].numpy(), deficits[rows].numpy().copy(), []
+    for _ in range(n):
+        current += growth
+        drawn.append(int(current.argmax()))
+        current[drawn[-1]] -= 1
+    drawn = rows[drawn]
+    return drawn, deficits + n * target - torch.bincount(drawn, minlength=len(target))

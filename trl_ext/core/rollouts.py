@@ -355,6 +355,21 @@ def prompt_visits(scored: Scored, rewards: torch.Tensor | None = None) -> tuple[
     return rows.unique(), group_table(rewards[usable], rows)[0]
 
 
+def positive_variance(table: torch.Tensor) -> torch.Tensor:
+    """
+    Mean squared excess over the mean, counted above it only (the positive-sided variance of arXiv 2306.13085): for
+    outcomes of 0 and 1 with success rate p it is p(1 - p)^2, for graded rewards its generalisation.
+
+    Args:
+        table (`torch.Tensor`):
+            Rewards with one prompt per row, NaN = not scored, shape `(M, G)`.
+
+    Returns:
+        `torch.Tensor`: Shape `(M,)`; NaN for a row without a reward.
+    """
+    return ((table - table.nanmean(1, keepdim=True)).clamp(min=0) ** 2).nanmean(1)
+
+
 def zero_signal(rewards: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
     """
     Rollouts of groups without a learning signal: all their scored rewards are equal (by equality, since a float

@@ -306,7 +306,7 @@ class SPOTrainer(MethodTrainer):
     def prompt_table(self):
         evidence = self.spo_alpha + self.spo_beta
         weights = spo_weights(self.spo_alpha, self.spo_beta, self.args.spo_explore_eps, self.args.spo_neff_power)
-        columns = {"visits": self.spo_visits, "value": self.spo_alpha / evidence, "evidence": evidence}
+        columns = {"visits": self.spo_visits, "rate": self.spo_alpha / evidence, "evidence": evidence}
         columns["weight"] = weights / weights.sum()
         return super().prompt_table() | {f"spo/{name}": column for name, column in columns.items()}
 
