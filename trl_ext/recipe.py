@@ -23,6 +23,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from .callbacks.difficulty import DifficultyCallback
 from .core import MethodConfig, MethodTrainer, MixingError, mix
 from .core.mixing import Mix
 from .tasks.data import load_data, load_rewards
@@ -579,6 +580,7 @@ def main(
         raise SystemExit(f"{_prog()}: error: {error}") from error
     args, accelerator = trainer.args, trainer.accelerator
     _quieten(trainer)
+    trainer.add_callback(DifficultyCallback(trainer))
     before = _Before(trainer, held_out, parsed.recipe.eval_samples)
     trainer.add_callback(before)
     start = time.perf_counter()

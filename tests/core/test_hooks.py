@@ -430,6 +430,7 @@ def test_samples_are_measured_by_row():
     def measure(row, samples):
         prompt = tokenizer.decode(samples[0].prompt_ids)
         assert all(tokenizer.decode(s.completion_ids, skip_special_tokens=True) == s.completion for s in samples)
+        assert [s.truncated for s in samples] == [s.completion_ids[-1] != tokenizer.eos_token_id for s in samples]
         assert [s.rewards for s in samples] == [[len(s.completion)] * 2 for s in samples]
         return row, prompt, len(samples), sum(s.rewards[0] for s in samples)
 

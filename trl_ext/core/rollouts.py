@@ -94,6 +94,8 @@ class Sample:
             Its tokens.
         completion (`str` or `list[dict]`):
             What was written, as the reward functions saw it.
+        truncated (`bool`):
+            Whether it ended without an end-of-sequence token.
         rewards (`list[float]`):
             What the K reward functions returned; NaN for None.
     """
@@ -101,6 +103,7 @@ class Sample:
     prompt_ids: list[int]
     completion_ids: list[int]
     completion: "str | list[dict]"
+    truncated: bool
     rewards: list[float] = dataclasses.field(default_factory=list)
 
 

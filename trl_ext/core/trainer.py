@@ -315,7 +315,9 @@ class MethodTrainer(Hooks, GRPOTrainer):
                     continue
                 # A row's samples may come from several chunks and processes: wait until all are there.
                 prompt_ids, completion_ids, _, completions, *_ = self._generated
-                samples = [Sample(*part) for part in zip(prompt_ids, completion_ids, completions, strict=True)]
+                truncated = [cut for _, cut in self._captured["facts"]]
+                parts = zip(prompt_ids, completion_ids, completions, truncated, strict=True)
+                samples = [Sample(*part) for part in parts]
                 for j, sample in enumerate(gather_object(samples), i * share * processes):
                     row = j // n
                     if row >= len(rows) or row % processes != process:

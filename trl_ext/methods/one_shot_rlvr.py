@@ -134,9 +134,7 @@ class OneShotRLVRTrainer(MethodTrainer):
 
     def prompt_table(self):
         histories = [self.one_shot_histories.get(row, []) for row in range(len(self.train_dataset))]
-        variances = [historical_variance(history) if history else None for history in histories]
-        columns = {"one_shot_rlvr/history": histories, "one_shot_rlvr/variance": variances}
-        return super().prompt_table() | columns
+        return super().prompt_table() | {"one_shot_rlvr/history": histories}
 
     def method_state(self):
         return super().method_state() | {"one_shot_rlvr": self.one_shot_histories}
