@@ -96,6 +96,8 @@ class Sample:
             What was written, as the reward functions saw it.
         truncated (`bool`):
             Whether it ended without an end-of-sequence token.
+        tool_mask (`list[int]`, *optional*):
+            1 for the completion's tokens that the model wrote; None if it wrote all.
         rewards (`list[float]`):
             What the K reward functions returned; NaN for None.
     """
@@ -104,6 +106,7 @@ class Sample:
     completion_ids: list[int]
     completion: "str | list[dict]"
     truncated: bool
+    tool_mask: list[int] | None = None
     rewards: list[float] = dataclasses.field(default_factory=list)
 
 

@@ -314,9 +314,10 @@ class MethodTrainer(Hooks, GRPOTrainer):
                 if measure is None:
                     continue
                 # A row's samples may come from several chunks and processes: wait until all are there.
-                prompt_ids, completion_ids, _, completions, *_ = self._generated
+                prompt_ids, completion_ids, tool_mask, completions, *_ = self._generated
                 truncated = [cut for _, cut in self._captured["facts"]]
-                parts = zip(prompt_ids, completion_ids, completions, truncated, strict=True)
+                tool_mask = [None] * len(completions) if tool_mask is None else tool_mask
+                parts = zip(prompt_ids, completion_ids, completions, truncated, tool_mask, strict=True)
                 samples = [Sample(*part) for part in parts]
                 for j, sample in enumerate(gather_object(samples), i * share * processes):
                     row = j // n
@@ -367,6 +368,28 @@ class MethodTrainer(Hooks, GRPOTrainer):
             logps = logps.cpu()
             results += [logps[i, : len(c)] for i, c in enumerate(completions[start : start + size])]
         return results
+
+    def sample_logps(self, sample: Sample) -> torch.Tensor:
+        """
+        Log-probabilities of one sample's tokens under the current policy, with gradient and at the trainer's
+        temperature. A forward pass of this process alone, which FSDP and DeepSpeed do not allow.
+
+        Args:
+            sample ([`Sample`]):
+                From [`score_prompts`].
+
+        Returns:
+            `torch.Tensor`: Shape `(T,)`; 0 for tokens that a tool wrote.
+        """
+        self._refuse_images()
+        ids = torch.tensor([[*sample.prompt_ids, *sample.completion_ids]], device=self.accelerator.device)
+        policy = self.accelerator.unwrap_model(self.model)
+        with torch.enable_grad():
+            logps, _, _ = super()._get_per_token_logps_and_entropies(
+                policy, ids, torch.ones_like(ids), len(sample.completion_ids)
+            )
+        mask = sample.tool_mask
+        return logps[0] if mask is None else logps[0] * torch.tensor(mask, device=logps.device)
 
     @property
     def _causal_model(self):
