@@ -33,6 +33,8 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 PROMPTS, GROUPS, GROUP, GENERATIONS = 2000, 64, 8, 200
 # Settings that belong to the sizes of this simulation.
 SETTINGS = {
+    # No model, no gradients: budgets by acceptance rates alone.
+    "gvm": {"gvm_grad_params": None, "gvm_max_accept": 0.99},
     "knapsack_rl": {"knapsack_max_rollouts": 64},
     # One rollout per prompt in its paper; here its sampling of prompts is compared, in groups as the others'.
     "spo": {"spo_rho_mode": "constant", "spo_offline_n": 8},
@@ -40,7 +42,7 @@ SETTINGS = {
     "vas": {"vas_tds_weight": 0.0},
     "vas online": {"vas_tds_weight": 0.0, "vas_scoring": "online"},
 }
-METHODS = ["uniform", "deficit_sampler", "knapsack_rl", "spo", "vade", "vas", "vas online"]
+METHODS = ["uniform", "deficit_sampler", "gvm", "knapsack_rl", "spo", "vade", "vas", "vas online"]
 
 
 class World:
