@@ -3,6 +3,10 @@
 import torch
 
 
+PER_ROW = ("grpo", "sapo")  # TRL's losses that divide by the tokens of a rollout,
+PER_BATCH = ("bnpo", "dapo", "cispo", "vespo")  # and by those of a batch
+
+
 def clipped_loss(
     log_ratio: torch.Tensor,
     advantages: torch.Tensor,
@@ -114,3 +118,39 @@ def aggregate(
     if loss_type == "luspo":
         return masked.sum() / rows
     raise ValueError(f"Unknown `loss_type` {loss_type!r}.")
+
+
+def renormalised_selection(
+    selection: torch.Tensor,
+    mask: torch.Tensor,
+    loss_type: str,
+    totals: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """
+    Token weights that take the tokens which are not selected out of the loss and out of its normaliser: the selected
+    ones weigh as much more as the normaliser of TRL's loss counts too many tokens. That is exact for `"grpo"` (per
+    rollout) and `"bnpo"` (per micro-batch) and an estimate for `"dapo"`, whose normaliser spans a generation, of which
+    a micro-batch knows its own share; `"dr_grpo"` counts no tokens. A rollout, or a micro-batch, without selected
+    tokens adds nothing.
+
+    Args:
+        selection (`torch.Tensor`), mask (`torch.Tensor`):
+            The selected tokens and all that enter the loss, shape `(B, T)`.
+        loss_type (`str`):
+            TRL's `loss_type`.
+        totals (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+            Number of all and of selected tokens to use for losses that divide by those of a batch, if they are not to
+            be counted in this one.
+
+    Returns:
+        `torch.Tensor`: Shape `(B, T)`, of the mask's dtype if that is a floating one; 0 where nothing is selected.
+    """
+    mask = mask if mask.is_floating_point() else mask.float()
+    kept = mask * selection
+    if loss_type in PER_ROW:
+        total, count = mask.sum(1, keepdim=True), kept.sum(1, keepdim=True)
+    elif loss_type in PER_BATCH:
+        total, count = (mask.sum(), kept.sum()) if totals is None else totals
+    else:
+        return kept
+    return kept * (total / count.masked_fill(count == 0, 1))

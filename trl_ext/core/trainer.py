@@ -369,6 +369,27 @@ class MethodTrainer(Hooks, GRPOTrainer):
             results += [logps[i, : len(c)] for i, c in enumerate(completions[start : start + size])]
         return results
 
+    def completion_entropies(self, rollouts: Rollouts) -> torch.Tensor:
+        """
+        Full-vocabulary entropies of the current policy at the local tokens, in one extra pass: for what is wanted now
+        and then; `needs` is for every generation.
+
+        Args:
+            rollouts ([`Rollouts`]):
+                A generation.
+
+        Returns:
+            `torch.Tensor`: In nats, shape `(n, T)`, without gradient.
+        """
+        self._refuse_images()
+        ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1)
+        masks = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)
+        size, keep = self.args.per_device_train_batch_size, rollouts.completion_ids.shape[1]
+        with torch.no_grad():
+            return super()._get_per_token_logps_and_entropies(
+                self.model, ids, masks, keep, batch_size=size, compute_entropy=True
+            )[1]
+
     def sample_logps(self, sample: Sample) -> torch.Tensor:
         """
         Log-probabilities of one sample's tokens under the current policy, with gradient and at the trainer's
@@ -449,8 +470,8 @@ class MethodTrainer(Hooks, GRPOTrainer):
         if self._is_vlm and self._indexed and {"image", "images"} & set(self.train_dataset.column_names):
             raise ValueError(
                 f"{type(self).__name__} scores tokens again in a forward pass of its own, which does not see the "
-                "images of `train_dataset`: use a setting or a method without that pass (SPO: "
-                "`spo_rho_mode='constant'`)."
+                "images of `train_dataset`: use a setting or a method without that pass (for example "
+                "`spo_rho_mode='constant'`, `gtpo_use_initial_entropy=False` or `gvm_grad_params=None`)."
             )
 
     def load_frozen_model(self, path: str):

@@ -161,7 +161,7 @@ class DisCOTrainer(MethodTrainer):
 
     config_class = DisCOConfig
     replaces = ("policy_loss", "aggregate_loss")
-    ignores = ("compute_advantages", "clip_range")
+    ignores = ("compute_advantages", "clip_range", "token_weights")
     whole_groups = True
     _name = "DisCO"
     _paper = {
