@@ -53,7 +53,7 @@ SETTINGS = {
     "spo": {"spo_offline_n": 0},
     "spo constant": {"spo_offline_n": 0, "spo_rho_mode": "constant"},
 }
-OFF_POLICY = {"kl_cov", "llds"}
+OFF_POLICY = {"bapo", "dcpo", "gppo", "kl_cov", "llds"}
 
 
 def classes(name):
@@ -112,7 +112,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided:  # a sparse one has no storage
                 self.see(leaf.untyped_storage())
         return result
 

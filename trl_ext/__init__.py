@@ -24,18 +24,27 @@ _check_trl(_version("trl"))
 
 # Public names and where they live. They are imported on first use, so that `import trl_ext` stays cheap.
 _PUBLIC = {
+    "callbacks.difficulty": ("DifficultyCallback",),
     "core": ("MethodConfig", "MethodTrainer", "MixingError", "Requests", "Rollouts", "Scored", "TokenBatch", "mix"),
+    "methods.bapo": ("BAPOConfig", "BAPOTrainer"),
     "methods.bnpo": ("BNPOConfig", "BNPOTrainer"),
+    "methods.capo": ("CAPOConfig", "CAPOTrainer"),
     "methods.clip_cov": ("ClipCovConfig", "ClipCovTrainer"),
     "methods.d3s": ("D3SConfig", "D3STrainer"),
     "methods.dcpo": ("DCPOConfig", "DCPOTrainer"),
+    "methods.deficit_sampler": ("DeficitSamplerConfig", "DeficitSamplerTrainer"),
     "methods.disco": ("DisCOConfig", "DisCOTrainer"),
     "methods.duration_aware": ("DurationAwareConfig", "DurationAwareTrainer"),
     "methods.dynamic_sampling": ("DynamicSamplingConfig", "DynamicSamplingTrainer"),
     "methods.empg": ("EMPGConfig", "EMPGTrainer"),
+    "methods.epo": ("EPOConfig", "EPOTrainer"),
     "methods.gdpo_nvidia": ("GDPONvidiaConfig", "GDPONvidiaTrainer"),
+    "methods.gppo": ("GPPOConfig", "GPPOTrainer"),
     "methods.grpo_d": ("GRPODConfig", "GRPODTrainer"),
     "methods.grpo_lambda": ("GRPOLambdaConfig", "GRPOLambdaTrainer"),
+    "methods.gtpo": ("GTPOConfig", "GTPOTrainer"),
+    "methods.high_entropy_tokens": ("HighEntropyTokensConfig", "HighEntropyTokensTrainer"),
+    "methods.gvm": ("GVMConfig", "GVMTrainer"),
     "methods.kdrl": ("KDRLConfig", "KDRLTrainer"),
     "methods.kl_cov": ("KLCovConfig", "KLCovTrainer"),
     "methods.knapsack_rl": ("KnapsackRLConfig", "KnapsackRLTrainer"),
@@ -43,11 +52,15 @@ _PUBLIC = {
     "methods.ngrpo": ("NGRPOConfig", "NGRPOTrainer"),
     "methods.one_shot_rlvr": ("OneShotRLVRConfig", "OneShotRLVRTrainer"),
     "methods.puct": ("PUCTConfig", "PUCTTrainer"),
+    "methods.rest_grpo": ("ReSTGRPOConfig", "ReSTGRPOTrainer"),
     "methods.riskpo": ("RiskPOConfig", "RiskPOTrainer"),
     "methods.scaf_grpo": ("ScafGRPOConfig", "ScafGRPOTrainer"),
     "methods.spo": ("SPOConfig", "SPOTrainer"),
     "methods.stratified_grpo": ("StratifiedGRPOConfig", "StratifiedGRPOTrainer"),
     "methods.ttt_discover": ("TTTDiscoverConfig", "TTTDiscoverTrainer"),
+    "methods.tw_grpo": ("TWGRPOConfig", "TWGRPOTrainer"),
+    "methods.vade": ("VADEConfig", "VADETrainer"),
+    "methods.vas": ("VASConfig", "VASTrainer"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -121,6 +121,12 @@ CASES = {
         mix("clip_cov").Trainer,
         {"clip_cov_scope": "global", "clip_cov_ratio": 0.2, "clip_cov_low": 0.01},
     ),
+    "capo": (mix("capo").Trainer, {"capo_tau_fisher": 40.0, "capo_tau_hessian": 0.0, "num_iterations": 2}),
+    "high_entropy_tokens global": (
+        mix("high_entropy_tokens").Trainer,
+        {"het_scope": "global", "het_rule": "threshold", "loss_type": "bnpo"},
+    ),
+    "high_entropy_tokens global, dapo": (mix("high_entropy_tokens").Trainer, {"het_scope": "global"}),
     "kl_cov global": (mix("kl_cov").Trainer, {"kl_cov_scope": "global", "kl_cov_ratio": 0.2}),
     "gdpo_nvidia": (
         mix("gdpo_nvidia").Trainer,
@@ -132,15 +138,7 @@ CASES = {
     ),
     "bapo": (
         mix("bapo").Trainer,
-        {
-            "bapo_target": 0.7,
-            "bapo_low_start": 0.99,
-            "bapo_low_step": 0.01,
-            "bapo_high_start": 1.0,
-            "bapo_high_step": 1e-3,
-            "bapo_high_max": 1.02,
-            "num_iterations": 2,
-        },
+        {"bapo_target": 0.52, "bapo_high_start": 1.0, "bapo_high_step": 0.01, "num_iterations": 2},
     ),
     "epo": (
         mix("epo").Trainer,
@@ -155,6 +153,8 @@ CASES = {
     "dcpo": (mix("dcpo").Trainer, {"rows": 4, "num_iterations": 2}),
     "duration_aware": (mix("duration_aware").Trainer, {"duration_normalize": "ema", "rewards": timed_reward}),
     "duration_aware steps": (mix("duration_aware").Trainer, {"rewards": step_timed_reward}),
+    "deficit_sampler": (mix("deficit_sampler").Trainer, {}),
+    "deficit_sampler + spo": (mix("deficit_sampler", "spo").Trainer, {"spo_offline_n": 0, "spo_rho_mode": "constant"}),
     "dynamic_sampling": (mix("dynamic_sampling").Trainer, {}),
     "knapsack_rl": (
         mix("knapsack_rl").Trainer,
@@ -166,7 +166,10 @@ CASES = {
     # The constraint looks at the divergence of each process's micro-batch, as in the authors' code.
     "disco": (mix("disco").Trainer, {"disco_beta": 0.0, "num_iterations": 2}),
     "llds": (mix("llds").Trainer, {"num_iterations": 2}),
+    "gvm": (mix("gvm").Trainer, {"rows": 4, "gvm_presamples": 4, "gvm_update_steps": 2}),
+    "gvm raft": (mix("gvm").Trainer, {"rows": 4, "gvm_presamples": 4, "gvm_loss": "raft", "num_iterations": 2}),
     "kdrl": (mix("kdrl").Trainer, {"kd_teacher": POLICY_PATH, "kd_beta_init": 0.5, "num_iterations": 2}),
+    "rest_grpo": (mix("rest_grpo").Trainer, {"rows": 6, "rest_max_prompt_length": 40}),
     "riskpo": (mix("riskpo").Trainer, {"riskpo_bundle_size": 2, "riskpo_credit": "sum-mean"}),
     "stratified_grpo": (mix("stratified_grpo").Trainer, {"stratified_key": "builtins:len"}),
     "one_shot_rlvr": (mix("one_shot_rlvr").Trainer, {"rows": 4, "num_generations": 4}),
@@ -175,6 +178,9 @@ CASES = {
         mix("bnpo", "spo", blend={"bnpo": 0.5, "spo": 0.5}).Trainer,
         {"spo_offline_n": 0, "spo_rho_mode": "constant"},
     ),
+    "vade": (mix("vade").Trainer, {}),
+    "vas": (mix("vas").Trainer, {"rows": 8, "vas_num_rollouts": 2, "vas_update_steps": 2}),
+    "vas online": (mix("vas").Trainer, {"rows": 8, "vas_scoring": "online"}),
     "knapsack_rl + empg + llds": (
         mix("knapsack_rl", "empg", "llds").Trainer,
         {"rows": 4, "knapsack_min_history": 1, "num_iterations": 2},
@@ -182,6 +188,15 @@ CASES = {
     "dynamic_sampling + d3s + clip_cov": (
         mix("dynamic_sampling", "d3s", "clip_cov").Trainer,
         {"clip_cov_scope": "global", "clip_cov_ratio": 0.2, "clip_cov_low": 0.01},
+    ),
+    # Groups of unequal sizes, of which some lie on both processes.
+    "knapsack_rl + gtpo": (
+        mix("knapsack_rl", "gtpo").Trainer,
+        {"rows": 4, "knapsack_min_history": 1, "knapsack_zero_rollouts": 1},
+    ),
+    "knapsack_rl + tw_grpo": (
+        mix("knapsack_rl", "tw_grpo").Trainer,
+        {"rows": 4, "knapsack_min_history": 1, "knapsack_zero_rollouts": 1},
     ),
     "puct": (mix("puct").Trainer, {"rows": 4}),
     "ttt_discover": (mix("ttt_discover").Trainer, {"max_grad_norm": 0.0, "learning_rate": 1e-4}),
@@ -196,9 +211,10 @@ CASES = {
 }
 
 
-def main(folder: str) -> None:
+def main(folder: str, *names: str) -> None:
     processes = int(os.environ["WORLD_SIZE"])
-    for name, (cls, settings) in CASES.items():
+    for name in names or CASES:
+        cls, settings = CASES[name]
         settings = dict(settings)
         trainer = train(
             recording(cls),
@@ -221,4 +237,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

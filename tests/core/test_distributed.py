@@ -12,10 +12,10 @@ from distributed_worker import CASES
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
-def launch(folder, processes):
+def launch(folder, processes, names=()):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(WORKER), str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(WORKER), str(folder), *names]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
 
 
@@ -63,3 +63,33 @@ def test_two_processes_equal_one(results, name):
     assert gap(first, second) == 0.0
     if one["seen"][0]["advantages"] is not None:  # else per token, and local
         assert max(abs(a) for seen in one["seen"] for a in seen["advantages"]) > 0.1
+
+
+# Methods that choose prompts or deal rollouts.
+CHOOSING = [
+    "spo constant",
+    "knapsack_rl",
+    "dynamic_sampling",
+    "vade",
+    "vas",
+    "gvm",
+    "deficit_sampler + spo",
+    "budgets",
+]
+
+
+@pytest.mark.slow
+def test_four_processes_choose_the_same_prompts(tmp_path):
+    for processes in (1, 4):
+        launch(tmp_path, processes, CHOOSING)
+    for name in CHOOSING:
+        one, *four = (
+            torch.load(tmp_path / f"{name}_{processes}_{process}.pt", weights_only=True)
+            for processes, process in [(1, 0), *((4, process) for process in range(4))]
+        )
+        for part in four:
+            assert [seen["prompts"] for seen in part["seen"]] == [seen["prompts"] for seen in one["seen"]], name
+            assert all(len(seen["prompts"]) == 16 for seen in part["seen"])
+            assert gap(part["state"], one["state"]) <= 1e-5 and gap(part["parameters"], one["parameters"]) <= 1e-6, (
+                name
+            )

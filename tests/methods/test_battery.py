@@ -67,19 +67,26 @@ def test_it_is_not_plain_grpo(name, trained, plain):
 
 # Settings under which a method is plain GRPO, and the largest difference that rounding may make.
 NEUTRAL = {
+    "bapo": ({"bapo_low_start": 0.8, "bapo_low_max": 0.8, "bapo_high_start": 1.2, "bapo_high_max": 1.2}, 1e-6),
+    "capo": ({"capo_tau_fisher": 0.0, "capo_tau_hessian": 0.0, "loss_type": "dapo"}, 0.0),
     "clip_cov": ({"clip_cov_low": 1e8, "clip_cov_high": 1e9, "epsilon": 0.2, "epsilon_high": 0.2}, 0.0),
     "d3s": ({"d3s_n_init": 4, "d3s_n_final": 4, "d3s_k_init": 1.0, "d3s_k_final": 1.0}, 1e-6),
     "dcpo": ({"dcpo_use_sas": False, "dcpo_use_dac": False, "dcpo_use_otm": False}, 1e-6),
     "duration_aware": ({"duration_min": 100.0}, 0.0),
     "dynamic_sampling": ({"ds_max_num_gen_batches": 1}, 0.0),
     "empg": ({"empg_k": 0.0, "empg_zeta": 0.0, "empg_center": False}, 1e-6),
+    "epo": ({"epo_coef": 0.0}, 0.0),
     "gdpo_nvidia": ({"gdpo_batch_norm": "sequence"}, 0.0),
+    "gppo": ({"gppo_beta_low": 0.0, "gppo_beta_high": 0.0, "gppo_pos_coef": 0.0, "epsilon_high": 0.2}, 1e-6),
     "grpo_lambda": ({"lambda_top": 0.0}, 0.0),
+    "high_entropy_tokens": ({"het_ratio": 1.0, "epsilon_high": 0.2}, 0.0),
     "kdrl": ({"kd_beta_init": 0.0, "kd_beta_min": 0.0}, 1e-6),
     "knapsack_rl": ({"knapsack_min_history": 10_000, "knapsack_advantage_clip": None}, 0.0),
     "llds": ({"llds_coef": 0.0}, 1e-6),
+    "rest_grpo": ({"rest_n_sub": 0}, 0.0),
     "scaf_grpo": ({"scaf_exempt_steps": 100}, 0.0),
     "stratified_grpo": ({"stratified_key": "tool_calls"}, 0.0),  # of which there are none
+    "tw_grpo": ({"tw_alpha": 1.0}, 0.0),
 }
 
 
@@ -136,7 +143,7 @@ def test_no_signal_at_all(name, value, teacher):
 
 
 # Statistics that are taken per micro-batch, by the authors' code.
-PER_MICRO_BATCH = {"clip_cov", "kl_cov", "disco"}
+PER_MICRO_BATCH = {"bapo", "capo", "clip_cov", "disco", "gppo", "high_entropy_tokens", "kl_cov"}
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - PER_MICRO_BATCH))
