@@ -52,6 +52,7 @@ SETTINGS = {
     "scaf_grpo": {"scaf_exempt_steps": 0},
     "spo": {"spo_offline_n": 0},
     "spo constant": {"spo_offline_n": 0, "spo_rho_mode": "constant"},
+    "vas": {"vas_scoring": "online"},
 }
 OFF_POLICY = {"bapo", "dcpo", "gppo", "kl_cov", "llds"}
 

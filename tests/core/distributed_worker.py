@@ -169,7 +169,7 @@ CASES = {
     "gvm": (mix("gvm").Trainer, {"rows": 4, "gvm_presamples": 4, "gvm_update_steps": 2}),
     "gvm raft": (mix("gvm").Trainer, {"rows": 4, "gvm_presamples": 4, "gvm_loss": "raft", "num_iterations": 2}),
     "kdrl": (mix("kdrl").Trainer, {"kd_teacher": POLICY_PATH, "kd_beta_init": 0.5, "num_iterations": 2}),
-    "rest_grpo": (mix("rest_grpo").Trainer, {"rows": 6, "rest_max_prompt_length": 40}),
+    "rest_grpo": (mix("rest_grpo").Trainer, {"rows": 8, "rest_num_samples": 4}),
     "riskpo": (mix("riskpo").Trainer, {"riskpo_bundle_size": 2, "riskpo_credit": "sum-mean"}),
     "stratified_grpo": (mix("stratified_grpo").Trainer, {"stratified_key": "builtins:len"}),
     "one_shot_rlvr": (mix("one_shot_rlvr").Trainer, {"rows": 4, "num_generations": 4}),

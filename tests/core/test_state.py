@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 import torch
+from datasets import load_dataset
 from harness import arithmetic, difference, train
 
 from trl_ext import MethodTrainer, SPOTrainer, mix
+from trl_ext.core.state import PROMPTS
 
 
 RUNS = {
@@ -80,3 +82,20 @@ def test_state_files_hold_no_code(checkpoint):
 def test_only_the_model_saves_no_state(tmp_path):
     train(MethodTrainer, out=tmp_path, save_strategy="steps", save_steps=1, max_steps=1, save_only_model=True)
     assert not (tmp_path / "checkpoint-1" / "trl_ext_state.pt").exists()
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_what_is_known_of_the_prompts_lies_beside_the_checkpoint(conversational, tmp_path):
+    data = arithmetic(conversational=conversational).select(range(24))
+    settings = {"out": tmp_path, "save_strategy": "steps", "save_steps": 2, "max_steps": 2, "data": data}
+    trainer = train(mix("spo", "knapsack_rl").Trainer, spo_offline_n=0, num_generations=4, **settings)
+    table = load_dataset("parquet", data_files=str(tmp_path / "checkpoint-2" / PROMPTS), split="train")
+    assert table["row"][:] == list(range(24)) and table["prompt"][:] == arithmetic()["prompt"][:24]
+    assert table["spo/visits"][:] == trainer.spo_visits.tolist() and sum(table["spo/weight"]) == pytest.approx(1)
+    assert table["knapsack/rollouts"][:] == trainer.knapsack_counts.tolist()
+    assert all(
+        (rate != rate) == (count == 0)
+        for rate, count in zip(table["knapsack/rate"], table["knapsack/rollouts"], strict=True)
+    )
+    train(MethodTrainer, **settings | {"out": tmp_path / "plain"})
+    assert not (tmp_path / "plain" / "checkpoint-2" / PROMPTS).exists()
