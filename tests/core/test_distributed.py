@@ -9,6 +9,7 @@ import torch
 from distributed_worker import CASES
 
 
+pytestmark = pytest.mark.xdist_group("distributed")  # one worker, since all tests share the launches
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
@@ -47,6 +48,7 @@ def gap(a, b) -> float:
 FLOAT32 = {
     "clip_cov + spo": ("state", 3e-5),
     "empg": ("logged", 1e-5),
+    "gvm": ("state", 1e-5),  # norms of gradients
     "knapsack_rl + empg + llds": ("logged", 1e-5),
 }
 

@@ -14,6 +14,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 METHODS = list_methods()
 
 
+def each(names):
+    """One case per method; those of a method run in one worker, which has it trained."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"battery-{name}")) for name in names]
+    )
+
+
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     return make_teacher(tmp_path_factory.mktemp("teacher") / "model")
@@ -60,7 +67,7 @@ def trained(teacher):
     return get
 
 
-@pytest.mark.parametrize("name", METHODS)
+@each(METHODS)
 def test_it_is_not_plain_grpo(name, trained, plain):
     assert difference(trained(name), plain) > 1e-6
 
@@ -90,13 +97,13 @@ NEUTRAL = {
 }
 
 
-@pytest.mark.parametrize("name", NEUTRAL)
+@each(NEUTRAL)
 def test_neutral_settings_are_plain_grpo(name, teacher, plain):
     settings, tolerance = NEUTRAL[name]
     assert difference(train_mix([name], teacher, **settings), plain) <= tolerance
 
 
-@pytest.mark.parametrize("name", METHODS)
+@each(METHODS)
 @pytest.mark.parametrize("conversational", [False, True])
 def test_lora(name, conversational, teacher):
     lora = LoraConfig(target_modules=["q_proj", "v_proj"])
@@ -113,7 +120,7 @@ def hostile(completions, **kwargs):
     return [None if i % 4 < 2 or i >= 12 else float(i % 4 == 2) for i in range(len(completions))]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@each(METHODS)
 def test_unscored_rewards(name, teacher):
     seen = []
 
@@ -139,7 +146,7 @@ def nothing_to_learn(completions, trainer_state, **kwargs):
     return [[0.0, 1.0, None][trainer_state.global_step // 2 % 3]] * len(completions)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@each(METHODS)
 def test_no_signal_at_all(name, teacher):
     """Finite parameters, whatever the method makes of it."""
     trainer = train_mix([name], teacher, rewards=nothing_to_learn, max_steps=6)
@@ -150,7 +157,7 @@ def test_no_signal_at_all(name, teacher):
 PER_MICRO_BATCH = {"bapo", "capo", "clip_cov", "disco", "gppo", "high_entropy_tokens", "kl_cov"}
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - PER_MICRO_BATCH))
+@each(sorted(set(METHODS) - PER_MICRO_BATCH))
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
 def test_the_update_does_not_depend_on_the_split(name, loss_type, teacher):
     settings = {"optim": "sgd", "learning_rate": 0.05, "loss_type": loss_type, "rollout_func": scripted}
@@ -159,7 +166,7 @@ def test_the_update_does_not_depend_on_the_split(name, loss_type, teacher):
     assert difference(whole, split) < 1e-6
 
 
-@pytest.mark.parametrize("name", METHODS)
+@each(METHODS)
 def test_no_attribute_shadows_one_of_trls(name, trained, plain):
     """A method's attributes carry its own name; TRL's `beta` or `epsilon_low` would be easy to overwrite."""
     trainer = trained(name)
@@ -168,7 +175,7 @@ def test_no_attribute_shadows_one_of_trls(name, trained, plain):
     assert {key for key in foreign if key.lstrip("_").split("_")[0] not in prefixes} == set()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@each(METHODS)
 def test_state_goes_through_a_file_and_back(name, trained, tmp_path):
     trainer = trained(name)
     path = tmp_path / "state.pt"
@@ -212,7 +219,7 @@ def generations(rollouts):
         yield rearranged(rollouts, torch.arange(len(rollouts)), reward_matrix=matrix)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@each(METHODS)
 def test_permuted_rollouts_have_permuted_advantages(name, trained):
     trainer = trained(name)
     for rollouts in generations(trainer.rollouts):
@@ -224,7 +231,7 @@ def test_permuted_rollouts_have_permuted_advantages(name, trained):
         assert (found - advantages_of(trainer, rollouts)[order]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", METHODS)
+@each(METHODS)
 def test_unscored_rollouts_influence_nobody(name, trained):
     trainer = trained(name)
     *_, rollouts = generations(trainer.rollouts)
@@ -234,7 +241,7 @@ def test_unscored_rollouts_influence_nobody(name, trained):
     assert (advantages_of(trainer, rearranged(rollouts, kept)) - found[kept]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", METHODS)
+@each(METHODS)
 def test_groups_of_one_rollout(name, trained):
     trainer = trained(name)
     rollouts = next(generations(trainer.rollouts))
@@ -242,7 +249,7 @@ def test_groups_of_one_rollout(name, trained):
     assert advantages_of(trainer, alone).isfinite().all()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@each(METHODS)
 def test_float32_agrees_with_float64(name, trained):
     trainer = trained(name)
     for rollouts in generations(trainer.rollouts):
@@ -255,7 +262,7 @@ def test_float32_agrees_with_float64(name, trained):
 NOT_SHIFT_INVARIANT = {"bnpo", "dcpo", "grpo_lambda", "ngrpo", "riskpo", "spo"}
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - NOT_SHIFT_INVARIANT))
+@each(sorted(set(METHODS) - NOT_SHIFT_INVARIANT))
 def test_a_constant_added_to_all_rewards_changes_nothing(name, trained):
     trainer = trained(name)
     for rollouts in generations(trainer.rollouts):
@@ -281,7 +288,7 @@ def loss_of(trainer, tokens, logps, entropies, mask, advantages):
     return loss.item(), *(nothing if part.grad is None else part.grad for part in (logps, entropies))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@each(METHODS)
 @pytest.mark.parametrize("spread", [0.1, 3.0, 25.0])
 def test_gradients_are_finite_and_masked_tokens_take_no_part(name, spread, trained):
     """With ratios far beyond any bound, rows without tokens, and anything at all in masked places."""
