@@ -25,6 +25,7 @@ _check_trl(_version("trl"))
 # Public names and where they live. They are imported on first use, so that `import trl_ext` stays cheap.
 _PUBLIC = {
     "callbacks.difficulty": ("DifficultyCallback",),
+    "callbacks.entropy_law": ("EntropyLawCallback", "EntropyLawConfig"),
     "core": ("MethodConfig", "MethodTrainer", "MixingError", "Requests", "Rollouts", "Scored", "TokenBatch", "mix"),
     "methods.bapo": ("BAPOConfig", "BAPOTrainer"),
     "methods.bnpo": ("BNPOConfig", "BNPOTrainer"),
