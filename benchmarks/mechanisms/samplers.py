@@ -16,6 +16,7 @@ python benchmarks/mechanisms/samplers.py [method ...]
 import argparse
 import contextlib
 import io
+import math
 import os
 import tempfile
 
@@ -36,13 +37,15 @@ SETTINGS = {
     # No model, no gradients: budgets by acceptance rates alone.
     "gvm": {"gvm_grad_params": None, "gvm_max_accept": 0.99},
     "knapsack_rl": {"knapsack_max_rollouts": 64},
+    # A prompt has no beginnings of solutions here: the filter alone, renewed as long as there are generations.
+    "rest_grpo": {"rest_accept_threshold": math.inf, "rest_iterations": GENERATIONS},
     # One rollout per prompt in its paper; here its sampling of prompts is compared, in groups as the others'.
     "spo": {"spo_rho_mode": "constant", "spo_offline_n": 8},
     # There are no answers here whose diversity could be looked at.
     "vas": {"vas_tds_weight": 0.0},
     "vas online": {"vas_tds_weight": 0.0, "vas_scoring": "online"},
 }
-METHODS = ["uniform", "deficit_sampler", "gvm", "knapsack_rl", "spo", "vade", "vas", "vas online"]
+METHODS = ["uniform", "deficit_sampler", "gvm", "knapsack_rl", "rest_grpo", "spo", "vade", "vas", "vas online"]
 
 
 class World:
