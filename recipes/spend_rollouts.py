@@ -24,7 +24,8 @@ accelerate launch recipes/spend_rollouts.py --methods dynamic_sampling
 
 Watch `num_rollouts`, which tells what they cost, `frac_reward_zero_std`, and `prompt_difficulty.png`, the spread of
 the estimated success rates over training; `trl_ext_prompts.parquet` in the output folder has what is known of every
-prompt. Knapsack RL needs several visits of a prompt before it knows it, so a few hundred prompts suit a short run best.
+prompt. Knapsack RL needs several visits of a prompt before it knows it, so a few hundred prompts suit a short run
+best.
 
 In a simulation of 2,000 prompts (`benchmarks/mechanisms/samplers.py`, 5 seeds) the share of rollouts with a signal is
 0.62 with uniform sampling, 0.74 with VADE and 0.78 with Knapsack RL at the same rollouts; VAS reaches 0.70 and GVM

@@ -72,7 +72,9 @@ def simulated(base: type, world: World) -> type:
                 return rewards
             samples = torch.randint(10, 200, (len(rows), n, 12), generator=world.generator).tolist()
             found = [
-                measure(row, [Sample([1], ids, "", False, None, [reward]) for ids, reward in zip(part, scores, strict=True)])
+                measure(
+                    row, [Sample([1], ids, "", False, None, [score]) for ids, score in zip(part, scores, strict=True)]
+                )
                 for row, part, scores in zip(rows.tolist(), samples, rewards[:, :, 0].tolist(), strict=True)
             ]
             return rewards, found
