@@ -111,10 +111,10 @@ ACTING = {
     "knapsack_rl": {"knapsack_min_history": 1, "knapsack_zero_rollouts": 1},
     "llds": {"llds_coef": 2.0},
     # Answers of one line, of which some are good; the battery has rewards that tell no prompts apart.
-    "rest_grpo": {"rest_on_empty": "unfiltered"},
+    "rest_grpo": {"rest_on_empty": "unfiltered", "rest_num_samples": 3},
     "scaf_grpo": {"scaf_exempt_steps": 0},
     "spo": {"spo_offline_n": 0},
-    "vas": {"vas_num_rollouts": 4},
+    "vas": {"vas_num_rollouts": 5},
     "stratified_grpo": {"stratified_key": "builtins:len"},  # of the completion
 }
 

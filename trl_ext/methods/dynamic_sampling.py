@@ -114,7 +114,9 @@ class DynamicSamplingTrainer(MethodTrainer):
 
     config_class = DynamicSamplingConfig
     replaces = ("more_rollouts", "pick_rollouts")
-    contradicts = {"knapsack_rl": "a batch of whole groups cannot be filled exactly when groups differ in size"}
+    contradicts = dict.fromkeys(
+        ("gvm", "knapsack_rl"), "a batch of whole groups cannot be filled exactly when groups differ in size"
+    )
     _name = "Dynamic sampling"
     _paper = {
         "title": "DAPO: An Open-Source LLM Reinforcement Learning System at Scale",

@@ -184,6 +184,7 @@ class GVMTrainer(MethodTrainer):
     replaces = ("prompt_budgets",)
     contradicts = {
         "disco": "DisCO keeps whole groups in a micro-batch, which needs equal budgets",
+        "scaf_grpo": "it deals no rollouts to prompts that nobody solves, which hints are for",
         "puct": "its estimates belong to a row, and many states belong to one row",
     }
     _name = "GVM"
