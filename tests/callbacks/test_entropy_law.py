@@ -2,7 +2,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -111,6 +110,7 @@ def test_points_that_do_not_make_a_line():
     assert (high == math.inf).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 @pytest.mark.parametrize("points", [5, 40])
 def test_intervals_cover_what_was_planted(confidence, points):
@@ -153,6 +153,7 @@ def test_shifting_and_scaling_the_reward(pairs, shift, scale):
     assert moved.rmse == pytest.approx(scale * fit.rmse, abs=1e-6 * size)
 
 
+@pytest.mark.slow
 def test_the_law_predicts_the_end_of_a_tabular_run():
     """GRPO on the logits of 200 prompts with ten answers each: the first third of the run foretells the last step."""
     generator, prompts, size = np.random.default_rng(0), np.arange(200)[:, None], 8
@@ -190,6 +191,7 @@ def test_steps_left_of_an_exact_decay():
     assert steps_left([0, 1, 2, 4], entropy, spent=0.1)[0] == pytest.approx(8.0)
 
 
+@pytest.mark.slow
 def test_the_interval_of_the_steps_left_covers():
     generator, runs = np.random.default_rng(0), 1000
     steps, hits = np.arange(30), 0
@@ -487,13 +489,7 @@ def test_bad_settings_by_name(name, value):
         EntropyLawConfig(**{name: value})
 
 
-def test_it_costs_little(tmp_path):
-    entropies = np.random.default_rng(0).uniform(0.4, 0.5, 1500).tolist()
-    start = time.perf_counter()
-    feed(EntropyLawCallback(), tmp_path, entropies, entropies)
-    assert (time.perf_counter() - start) / 1500 < 1e-3  # of a step of a second or more, 0.1 %
-
-
+@pytest.mark.slow
 def test_two_processes_stop_together(tmp_path):
     worker = Path(__file__).with_name("entropy_law_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]

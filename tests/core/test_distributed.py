@@ -20,14 +20,33 @@ def launch(folder, processes, names=()):
     assert result.returncode == 0, result.stderr[-4000:]
 
 
+# One case for every part of the core, and for what is hardest to get right; the others are slow tests.
+QUICK = [
+    "neutral",
+    "dropping, dapo",
+    "budgets",
+    "rounds",
+    "measuring",
+    "spo",
+    "clip_cov global",
+    "capo",
+    "dcpo",
+    "vade",
+]
+QUICK += ["knapsack_rl + empg + llds", "dynamic_sampling + d3s + clip_cov", "blend of bnpo and spo"]
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distributed")
-    for processes in (1, 2):
-        launch(folder, processes)
+    folders = {}
 
     def load(name, processes, process):
-        return torch.load(folder / f"{name}_{processes}_{process}.pt", weights_only=True)
+        quick = name in QUICK
+        if quick not in folders:
+            folders[quick] = tmp_path_factory.mktemp("distributed")
+            for count in (1, 2):
+                launch(folders[quick], count, [name for name in CASES if (name in QUICK) == quick])
+        return torch.load(folders[quick] / f"{name}_{processes}_{process}.pt", weights_only=True)
 
     return load
 
@@ -53,7 +72,9 @@ FLOAT32 = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CASES]
+)
 def test_two_processes_equal_one(results, name):
     one, first, second = results(name, 1, 0), results(name, 2, 0), results(name, 2, 1)
     assert len(one["seen"]) >= 2

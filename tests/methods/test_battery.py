@@ -104,7 +104,7 @@ def test_neutral_settings_are_plain_grpo(name, teacher, plain):
 
 
 @each(METHODS)
-@pytest.mark.parametrize("conversational", [False, True])
+@pytest.mark.parametrize("conversational", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_lora(name, conversational, teacher):
     lora = LoraConfig(target_modules=["q_proj", "v_proj"])
     settings = {"peft_config": lora, "conversational": conversational, "learning_rate": 1e-2}
@@ -158,7 +158,7 @@ PER_MICRO_BATCH = {"bapo", "capo", "clip_cov", "disco", "gppo", "high_entropy_to
 
 
 @each(sorted(set(METHODS) - PER_MICRO_BATCH))
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+@pytest.mark.parametrize("loss_type", ["dapo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_the_update_does_not_depend_on_the_split(name, loss_type, teacher):
     settings = {"optim": "sgd", "learning_rate": 0.05, "loss_type": loss_type, "rollout_func": scripted}
     whole = train_mix([name], teacher, **settings)
