@@ -1,4 +1,7 @@
-"""What every method must stand, parametrised over the methods: one battery, no copy of it per method."""
+"""
+What every method must stand, parametrised over the methods: one battery, no copy of it per method. What needs further
+training runs of every method (LoRA, other splits of the batch, no signal at all) is marked slow, and run by CI.
+"""
 
 import pytest
 import torch
@@ -104,7 +107,8 @@ def test_neutral_settings_are_plain_grpo(name, teacher, plain):
 
 
 @each(METHODS)
-@pytest.mark.parametrize("conversational", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("conversational", [False, True])
 def test_lora(name, conversational, teacher):
     lora = LoraConfig(target_modules=["q_proj", "v_proj"])
     settings = {"peft_config": lora, "conversational": conversational, "learning_rate": 1e-2}
@@ -147,6 +151,7 @@ def nothing_to_learn(completions, trainer_state, **kwargs):
 
 
 @each(METHODS)
+@pytest.mark.slow
 def test_no_signal_at_all(name, teacher):
     """Finite parameters, whatever the method makes of it."""
     trainer = train_mix([name], teacher, rewards=nothing_to_learn, max_steps=6)
@@ -158,7 +163,8 @@ PER_MICRO_BATCH = {"bapo", "capo", "clip_cov", "disco", "gppo", "high_entropy_to
 
 
 @each(sorted(set(METHODS) - PER_MICRO_BATCH))
-@pytest.mark.parametrize("loss_type", ["dapo", pytest.param("grpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
 def test_the_update_does_not_depend_on_the_split(name, loss_type, teacher):
     settings = {"optim": "sgd", "learning_rate": 0.05, "loss_type": loss_type, "rollout_func": scripted}
     whole = train_mix([name], teacher, **settings)
