@@ -381,14 +381,16 @@ class MethodTrainer(Hooks, GRPOTrainer):
         Returns:
             `torch.Tensor`: In nats, shape `(n, T)`, without gradient.
         """
+        return self._score_again(rollouts, self.model, compute_entropy=True)[1]
+
+    def _score_again(self, rollouts: Rollouts, model, **options) -> tuple:
+        """One more pass over the local rollouts, without gradient; what TRL's own returns."""
         self._refuse_images()
         ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1)
         masks = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)
         size, keep = self.args.per_device_train_batch_size, rollouts.completion_ids.shape[1]
         with torch.no_grad():
-            return super()._get_per_token_logps_and_entropies(
-                self.model, ids, masks, keep, batch_size=size, compute_entropy=True
-            )[1]
+            return super()._get_per_token_logps_and_entropies(model, ids, masks, keep, batch_size=size, **options)
 
     def sample_logps(self, sample: Sample) -> torch.Tensor:
         """
@@ -506,15 +508,10 @@ class MethodTrainer(Hooks, GRPOTrainer):
         Returns:
             `torch.Tensor`: Shape `(n, T)`.
         """
-        self._refuse_images()
-        ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1)
-        masks = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)
-        size, keep = self.args.per_device_train_batch_size, rollouts.completion_ids.shape[1]
-        policy = self.accelerator.unwrap_model(self.model)
-        with torch.no_grad(), contextlib.nullcontext() if model is not None else policy.disable_adapter():
-            return super()._get_per_token_logps_and_entropies(
-                self.model if model is None else model, ids, masks, keep, batch_size=size
-            )[0]
+        if model is not None:
+            return self._score_again(rollouts, model)[0]
+        with self.accelerator.unwrap_model(self.model).disable_adapter():
+            return self._score_again(rollouts, self.model)[0]
 
     # ------------------------------------------------------------------------------------- prompts and rollouts
 
