@@ -106,9 +106,9 @@ def top_rows(scores: torch.Tensor, n: int) -> torch.Tensor:
     if rest == 0:
         return rows
     least = scores.topk(rest).values[-1]
-    above = (scores > least).nonzero().squeeze(1)
-    equal = (scores == least).nonzero().squeeze(1)[: rest - len(above)]
-    return torch.cat([rows, torch.cat([above, equal]).sort().values])
+    best = (scores >= least).nonzero().squeeze(1)
+    above = scores[best] > least
+    return torch.cat([rows, best[above | ((~above).cumsum(0) <= rest - above.sum())]])
 
 
 def draw_by_deficit(deficits: torch.Tensor, target: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
