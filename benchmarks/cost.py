@@ -55,6 +55,7 @@ SETTINGS = {
     "vas": {"vas_scoring": "online"},
 }
 OFF_POLICY = {"bapo", "dcpo", "gppo", "kl_cov", "llds"}
+KL = {"grpo_d", "one_shot_rlvr"}  # have a KL term, so TRL gets one beside them
 
 
 def classes(name):
@@ -86,6 +87,7 @@ def measure_time(names, rounds, steps):
                 off_policy = {"num_iterations": 2} if name in OFF_POLICY else {}
                 pair = {}
                 for side in ("trl", name):
+                    beta = {"beta": 0.01} if side == "trl" and name in KL else {}
                     trainer = build(
                         side,
                         folder,
@@ -94,6 +96,7 @@ def measure_time(names, rounds, steps):
                         max_steps=steps,
                         learning_rate=1e-5,
                         **off_policy,
+                        **beta,
                     )
                     trainer.train()
                     times = [log["step_time"] for log in trainer.state.log_history if "step_time" in log]
