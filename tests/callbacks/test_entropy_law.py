@@ -12,6 +12,7 @@ from harness import arithmetic, build, difference
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_ext import EntropyLawCallback, EntropyLawConfig, MethodTrainer
@@ -487,6 +488,32 @@ def test_the_adaptive_control_gets_the_coefficient(tmp_path):
 def test_bad_settings_by_name(name, value):
     with pytest.raises(ValueError, match=f"`{name}` must be"):
         EntropyLawConfig(**{name: value})
+
+
+def test_trackers_get_the_metrics(tmp_path):
+    class Tracker(TrainerCallback):
+        got = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.got.append((state.global_step, dict(logs)))
+
+    trainer = build(GRPOTrainer, GRPOConfig, out=tmp_path, max_steps=6, callbacks=[tracker := Tracker()])
+    config = EntropyLawConfig(eval_every=1, alarm_window=1, collapse_share=0.999, explosion_share=1.001)
+    trainer.add_callback(EntropyLawCallback(config, trainer))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train()
+    kept = {entry["step"]: entry for entry in trainer.state.log_history if "entropy_law/alarm" in entry}
+    assert len(kept) >= 4
+    numbers = 0
+    for step, logs in tracker.got:
+        got = {name: value for name, value in logs.items() if name.startswith("entropy_law/")}
+        words = {"entropy_law/alarm", "entropy_law/reason"}  # trackers take numbers
+        assert got.keys().isdisjoint(words)
+        if step in kept and "entropy" in logs:
+            assert got == {k: v for k, v in kept[step].items() if k.startswith("entropy_law/") and k not in words}
+            numbers += len(got)
+    assert numbers >= 12
 
 
 @pytest.mark.slow

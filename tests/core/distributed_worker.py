@@ -12,7 +12,7 @@ import torch
 from harness import POLICY_PATH, arithmetic, parameters, scripted, train
 from transformers import AutoModelForCausalLM
 
-from trl_ext import MethodTrainer, mix
+from trl_ext import MethodTrainer, TokenEntropyCallback, mix
 from trl_ext.core import Requests
 
 
@@ -45,6 +45,8 @@ def recording(base):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.seen = []
+            if base is MethodTrainer:
+                self.add_callback(TokenEntropyCallback(self))
 
         def observe(self, rollouts):
             super().observe(rollouts)
@@ -227,11 +229,14 @@ def main(folder: str, *names: str) -> None:
             optim="sgd",
             learning_rate=settings.pop("learning_rate", 0.05),
             max_steps=4,
+            out=folder,
             per_device_train_batch_size=16 // processes,
             **settings,
         )
         assert trainer.accelerator.num_processes == processes, "the launcher started another number of processes"
         result = {"seen": trainer.seen, "state": trainer.method_state(), "parameters": parameters(trainer)}
+        watched = ("token_entropy/threshold", "token_entropy/high", "token_entropy/drift")
+        result["watched"] = [entry.get(name) for entry in trainer.state.log_history for name in watched]
         result["logged"] = list(trainer._logs["advantages"])
         torch.save(result, f"{folder}/{name}_{processes}_{trainer.accelerator.process_index}.pt")
 

@@ -78,7 +78,7 @@ FLOAT32 = {
 def test_two_processes_equal_one(results, name):
     one, first, second = results(name, 1, 0), results(name, 2, 0), results(name, 2, 1)
     assert len(one["seen"]) >= 2
-    gaps = {key: gap(one[key], first[key]) for key in ("seen", "state", "logged", "parameters")}
+    gaps = {key: gap(one[key], first[key]) for key in ("seen", "state", "watched", "logged", "parameters")}
     if name in FLOAT32:
         part, tolerance = FLOAT32[name]
         assert gaps.pop(part) <= tolerance

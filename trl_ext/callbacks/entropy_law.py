@@ -427,12 +427,12 @@ class EntropyLawCallback(TrainerCallback):
         config ([`EntropyLawConfig`], *optional*):
             Settings.
         trainer (`Trainer`, *optional*):
-            The trainer; needed for `control_coef` only.
+            The trainer, so that its trackers get the metrics too; `control_coef` needs it.
 
     Example:
     ```python
     trainer = GRPOTrainer(...)
-    trainer.add_callback(EntropyLawCallback(EntropyLawConfig(reward_key="eval_reward")))
+    trainer.add_callback(EntropyLawCallback(EntropyLawConfig(reward_key="eval_reward"), trainer))
     ```
     """
 
@@ -446,10 +446,22 @@ class EntropyLawCallback(TrainerCallback):
                 "give the callback a `trainer` with `use_adaptive_entropy=True`, or leave `control_coef` None."
             )
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer is not None:
+            # Ahead of the trackers; in a new list, since the old one is being gone through.
+            others = [callback for callback in self.trainer.callback_handler.callbacks if callback is not self]
+            self.trainer.callback_handler.callbacks = [self, *others]
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.log_history:
             return
-        config, window, entry = self.config, self.config.alarm_window, state.log_history[-1]
+        entry = state.log_history[-1]
+        self._look(entry, args, state, control)
+        if logs is not None:
+            logs.update({k: v for k, v in entry.items() if k.startswith("entropy_law/") and is_number(v)})
+
+    def _look(self, entry, args, state, control) -> None:
+        config, window = self.config, self.config.alarm_window
         if self._seen.follow(state.log_history):
             entry.update(self._fit())
         if "entropy" not in entry:

@@ -94,6 +94,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
         self._loss_inputs = self._tokens = self._hidden = None
         self._entropy_mask = None
         self._token_metrics = {}
+        self._watchers = []
         self._score_calls = 0
         super().__init__(model, reward_funcs, args, train_dataset, *more, **kwargs)
         self._wanted = {need for c in cls.__mro__ if "needs" in c.__dict__ for need in c.needs(args)}
@@ -214,6 +215,17 @@ class MethodTrainer(Hooks, GRPOTrainer):
         """
         pair = (torch.as_tensor(value).detach() for value in (numerator, denominator))
         self._token_metrics[name] = tuple(value.to(self.accelerator.device, torch.float) for value in pair)
+
+    def watch_tokens(self, watcher: Callable[[TokenBatch], None]) -> None:
+        """
+        Show every micro-batch of the loss, training and evaluation, to a function that only looks (and may call
+        [`log_token_metric`]). It costs no forward pass, and the training stays the same, bit for bit.
+
+        Args:
+            watcher (`Callable`):
+                Called on every process with its [`TokenBatch`], after all hooks and without gradient.
+        """
+        self._watchers.append(watcher)
 
     @property
     def rollouts_spent(self) -> int:
@@ -975,7 +987,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
             handle.remove()
 
     def _compute_loss(self, model, inputs):
-        if not self._opens_loss and "rows" not in inputs:
+        if not self._opens_loss and not self._watchers and "rows" not in inputs:
             return super()._compute_loss(model, inputs)
         mode = "train" if self.model.training else "eval"
         accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1.0
@@ -999,6 +1011,9 @@ class MethodTrainer(Hooks, GRPOTrainer):
         for name, value in self.regularizers(tokens).items():
             total = total + value / accumulation
             self.log_token_metric(name, value, torch.ones_like(value))
+        with torch.no_grad():
+            for watcher in self._watchers:
+                watcher(tokens)
         self._flush_token_metrics()
         return total
 
