@@ -26,6 +26,7 @@ _check_trl(_version("trl"))
 _PUBLIC = {
     "callbacks.difficulty": ("DifficultyCallback",),
     "callbacks.entropy_law": ("EntropyLawCallback", "EntropyLawConfig"),
+    "callbacks.token_entropy": ("TokenEntropyCallback",),
     "core": ("MethodConfig", "MethodTrainer", "MixingError", "Requests", "Rollouts", "Scored", "TokenBatch", "mix"),
     "methods.bapo": ("BAPOConfig", "BAPOTrainer"),
     "methods.bnpo": ("BNPOConfig", "BNPOTrainer"),
