@@ -26,6 +26,7 @@ from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantiz
 from .callbacks.difficulty import DifficultyCallback
 from .core import MethodConfig, MethodTrainer, MixingError, mix
 from .core.mixing import Mix
+from .core.state import newest_complete
 from .tasks.data import load_data, load_rewards
 from .tasks.embedded import POLICY_PATH, TRAIN_SIZE
 
@@ -618,7 +619,7 @@ def _build(parsed: Parsed):
     _check_embedded(args, model)
     checkpoint = args.resume_from_checkpoint
     if checkpoint is not None and str(checkpoint).lower() == "true":
-        args.resume_from_checkpoint = True  # the last one in `output_dir`
+        args.resume_from_checkpoint = newest_complete(args.output_dir)
     elif checkpoint is not None and not os.path.isdir(checkpoint):
         raise ValueError(
             f"`resume_from_checkpoint` must be a checkpoint's folder, or 'true' for the last one in `output_dir`; "

@@ -46,6 +46,8 @@ SIGNATURES = {
     ],
     "get_train_dataloader": ["self"],
     "_save_checkpoint": ["self", "model", "trial"],
+    "_save_rng_state": ["self", "output_dir"],
+    "train": ["self", "resume_from_checkpoint"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
 }

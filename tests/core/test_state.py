@@ -2,14 +2,20 @@
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
 
+import killed_worker
 import pytest
 import torch
 from datasets import load_dataset
 from harness import arithmetic, difference, train
 
 from trl_ext import MethodTrainer, SPOTrainer, mix
-from trl_ext.core.state import PROMPTS
+from trl_ext.core.state import MARKER, PROMPTS, missing_part, newest_complete
 
 
 RUNS = {
@@ -99,3 +105,81 @@ def test_what_is_known_of_the_prompts_lies_beside_the_checkpoint(conversational,
     )
     train(MethodTrainer, **settings | {"out": tmp_path / "plain"})
     assert not (tmp_path / "plain" / "checkpoint-2" / PROMPTS).exists()
+
+
+MOMENTS = {
+    "model": 3,
+    "state": 4,
+    "marker": 4,
+    "half of the last file": 3,
+    "rotation": 3,
+}  # and the newest complete one
+
+
+@pytest.mark.parametrize(
+    "moment", [pytest.param(m, marks=[] if m == "half of the last file" else pytest.mark.slow) for m in MOMENTS]
+)
+def test_a_run_that_was_killed_while_saving_goes_on(moment, tmp_path):
+    step = MOMENTS[moment]
+    worker = Path(killed_worker.__file__)
+    result = subprocess.run(
+        [sys.executable, str(worker), str(tmp_path / "run"), moment, str(step)], capture_output=True, check=False
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr.decode()[-3000:]
+    newest = step if moment == "rotation" else step - 1
+    assert newest_complete(str(tmp_path / "run")) == str(tmp_path / "run" / f"checkpoint-{newest}")
+    settings = dict(killed_worker.SETTINGS)
+    with pytest.warns(UserWarning, match=f"passed over.*checkpoint-{step} ") if newest < step else nullcontext():
+        resumed = train(SPOTrainer, out=tmp_path / "run", resume=True, **settings)
+    whole = train(SPOTrainer, out=tmp_path / "whole", **settings | {"save_strategy": "no"})
+    assert resumed.state.global_step == 6 and difference(resumed, whole) == 0.0
+    assert repr(resumed.method_state()) == repr(whole.method_state())
+
+
+def test_rotation_spares_the_last_complete_checkpoint(tmp_path, monkeypatch):
+    """When an older checkpoint is deleted, the new one is complete; one that is written anew is not, until it is."""
+    complete = []
+    rmtree = shutil.rmtree
+
+    def watched(path, *args, **kwargs):
+        folders = (tmp_path / "run").glob("checkpoint-*")
+        complete.append([int(f.name[11:]) for f in folders if missing_part(str(f)) is None and str(f) != str(path)])
+        return rmtree(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    settings = {"out": tmp_path / "run", "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    train(MethodTrainer, max_steps=3, **settings)
+    assert complete == [[2], [3]]
+    monkeypatch.undo()
+
+    class Stopped(MethodTrainer):
+        def _save_optimizer_and_scheduler(self, output_dir):
+            raise KeyboardInterrupt
+
+    assert missing_part(str(tmp_path / "run" / "checkpoint-3")) is None
+    with pytest.raises(KeyboardInterrupt):
+        train(Stopped, max_steps=3, **settings | {"save_steps": 3})
+    assert missing_part(str(tmp_path / "run" / "checkpoint-3")) == MARKER
+
+
+def test_no_complete_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no complete checkpoint in .*: it has none"):
+        train(MethodTrainer, out=tmp_path / "none", resume=True)
+    (tmp_path / "run" / "checkpoint-7").mkdir(parents=True)
+    with pytest.raises(
+        FileNotFoundError, match=r"unfinished ones: checkpoint-7 \(no complete trl_ext_complete.json\)"
+    ):
+        train(MethodTrainer, out=tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_can_wait_for_the_end_of_the_generation(tmp_path):
+    settings = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 9, "beta": 0.1}
+    settings |= {"save_strategy": "steps", "out": tmp_path / "run"}
+    waited = train(MethodTrainer, save_steps=3, save_between_generations=True, **settings)
+    saved = sorted(int(folder.name[11:]) for folder in (tmp_path / "run").glob("checkpoint-*"))
+    assert saved == [4, 8, 9]  # due at 3, 6 and 9, the end of the training; generations end at 4 and 8
+    for step in saved:
+        local = torch.load(tmp_path / "run" / f"checkpoint-{step}" / "trl_ext_local_0.pt", weights_only=True)
+        assert ("buffer" in local) == (step == 9)
+    resumed = train(MethodTrainer, resume=str(tmp_path / "run" / "checkpoint-4"), save_steps=100, **settings)
+    assert difference(waited, resumed) == 0.0

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from trl import GRPOConfig
 
 from . import mixing
+from .config import MethodConfig
 
 
 def add_methods(trainer) -> None:
@@ -68,7 +69,7 @@ def changed_settings(args: GRPOConfig) -> dict:
     """
     defaults = {
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        for field in dataclasses.fields(GRPOConfig)
+        for field in dataclasses.fields(MethodConfig)
     }
     names = [field.name for field in dataclasses.fields(args) if field.init and field.name not in _PLACES]
     values = {name: getattr(args, name) for name in names}

@@ -1,11 +1,16 @@
-"""What a checkpoint holds beyond TRL's: one shared file, one file per process, and a marker written last."""
+"""What a checkpoint holds beyond TRL's: one shared file, one file per process, and a marker after them."""
 
+import contextlib
 import hashlib
 import json
 import os
+import re
+import warnings
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from transformers.trainer import TRAINER_STATE_NAME
 
 
 SHARED, LOCAL, MARKER = "trl_ext_state.pt", "trl_ext_local_{}.pt", "trl_ext_complete.json"
@@ -30,7 +35,7 @@ def save(folder: str, shared: dict, local: dict, accelerator) -> None:
     if accelerator.is_main_process:
         write(shared, os.path.join(folder, SHARED))
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:  # only now is the checkpoint complete
+    if accelerator.is_main_process:
         with open(os.path.join(folder, MARKER), "w") as file:
             json.dump({"trainer": shared["trainer"], "processes": accelerator.num_processes}, file)
 
@@ -68,6 +73,74 @@ def load(folder: str, accelerator) -> tuple[dict, list[dict]]:
             )
         shares.append(torch.load(path, map_location="cpu", weights_only=True))
     return shared, shares
+
+
+def mark_incomplete(folder: str) -> None:
+    """Take the marks of a complete checkpoint from a folder, if it has any, before it is written anew."""
+    for name in (MARKER, TRAINER_STATE_NAME):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, name))
+
+
+def missing_part(folder: str) -> str | None:
+    """
+    What a checkpoint lacks. The Trainer writes its own state last, after the marker, so a checkpoint that has both was
+    written to its end.
+
+    Args:
+        folder (`str`):
+            A checkpoint.
+
+    Returns:
+        `str` or `None`: name of the file that is missing or was cut short; None if the checkpoint is complete.
+    """
+    if not os.path.isfile(os.path.join(folder, MARKER)):
+        return MARKER
+    try:
+        with open(os.path.join(folder, TRAINER_STATE_NAME), encoding="utf-8") as file:
+            json.load(file)
+    except (OSError, ValueError):
+        return TRAINER_STATE_NAME
+    return None
+
+
+def newest_complete(output_dir: str) -> str:
+    """
+    The newest checkpoint of a run that was written to its end; the main process decides for all.
+
+    Args:
+        output_dir (`str`):
+            The run's folder.
+
+    Returns:
+        `str`: Path of the checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is none; the message says what the others lack.
+    """
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    steps = sorted(
+        (int(found[1]) for name in names if (found := re.fullmatch(r"checkpoint-(\d+)", name))), reverse=True
+    )
+    chosen, skipped = None, []
+    for step in steps:
+        folder = os.path.join(output_dir, f"checkpoint-{step}")
+        if (missing := missing_part(folder)) is None:
+            chosen = folder
+            break
+        skipped.append(f"checkpoint-{step} (no complete {missing})")
+    chosen, skipped = broadcast_object_list([chosen, skipped])
+    if chosen is None:
+        found = f"it has only unfinished ones: {', '.join(skipped)}" if skipped else "it has none"
+        raise FileNotFoundError(
+            f"`resume_from_checkpoint` is True, but there is no complete checkpoint in {output_dir!r}: {found}. Start "
+            "without it, or name a checkpoint."
+        )
+    if skipped:
+        warnings.warn(
+            f"Resuming from {chosen}; passed over as not written to the end: {', '.join(skipped)}.", stacklevel=3
+        )
+    return chosen
 
 
 def write(value: dict, path: str) -> None:

@@ -13,7 +13,8 @@ each of them:
 - `_prepare_inputs`, `_buffered_inputs`, `_step`: when a generation is made, and its micro-batches.
 - `get_train_dataloader`: takes its rows from `self.train_dataset`.
 - `_metrics`, `_logs`, `_pending_extra_logs`, `_pending_metrics`: what is logged.
-- `_save_checkpoint`, `_load_optimizer_and_scheduler`: when state is written and read.
+- `_save_checkpoint`, `_save_rng_state`, `_load_optimizer_and_scheduler`: when state is written and read.
+- `_maybe_log_save_evaluate`: when a checkpoint is due.
 - `trl.trainer.utils`: `nanstd`, `pad`, `split_pixel_values_by_grid`, `unsplit_pixel_values_by_grid`.
 """
 
@@ -95,6 +96,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
         self._entropy_mask = None
         self._token_metrics = {}
         self._watchers = []
+        self._save_due = False
         self._score_calls = 0
         super().__init__(model, reward_funcs, args, train_dataset, *more, **kwargs)
         self._wanted = {need for c in cls.__mro__ if "needs" in c.__dict__ for need in c.needs(args)}
@@ -1121,11 +1123,32 @@ class MethodTrainer(Hooks, GRPOTrainer):
             return ""
         return state.fingerprint(self.train_dataset["prompt"])
 
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """
+        TRL's, but `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end, and says
+        which ones it passed over.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = state.newest_complete(self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        if getattr(self.args, "save_between_generations", False):
+            wait = self._inside_generation and not self.control.should_training_stop
+            due = self.control.should_save or self._save_due
+            self.control.should_save, self._save_due = due and not wait, due and wait
+        return super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def _save_checkpoint(self, model, trial):
+        folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            state.mark_incomplete(folder)  # it may lie there from an earlier run
         super()._save_checkpoint(model, trial)
-        if not self.args.save_only_model:
-            folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
-            self.save_state_of_method(folder)
+
+    def _save_rng_state(self, output_dir):
+        # Here, not after `_save_checkpoint`: that ends with an upload, and with the deletion of older checkpoints.
+        super()._save_rng_state(output_dir)
+        self.save_state_of_method(output_dir)
 
     def save_state_of_method(self, folder: str) -> None:
         """
