@@ -1,5 +1,6 @@
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 
@@ -7,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the Hub, and 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # read once, at its import
 sys.path[:0] = [
     str(Path(__file__).parent),
     str(Path(__file__).parent / "core"),

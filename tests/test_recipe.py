@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trl import ModelConfig
 
 from trl_ext import MethodTrainer, SPOTrainer, mix
@@ -21,7 +23,7 @@ from trl_ext.tasks import POLICY_PATH, arithmetic
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 CONFIGS = {name: mix(name).Config for name in list_methods()}
 QUICK = ["--max_steps", "2", "--eval_prompts", "6", "--eval_samples", "2", "--disable_tqdm", "true"]
-QUICK += ["--save_strategy", "no", "--dataset_size", "128", "--output_dir", "out"]
+QUICK += ["--save_strategy", "no", "--dataset_size", "128", "--output_dir", "out", "--report_to", "none"]
 OTHER_MODEL = ["--model_name_or_path", "someone/model"]
 
 
@@ -53,7 +55,7 @@ class TestPrecedence:
             assert name == "spo_offline_n" or getattr(args, name) == value
         assert parse(methods=["spo"], argv=[]).args.spo_offline_n == EMBEDDED["spo_offline_n"]
         assert args.output_dir == "runs/grpo"
-        assert args.report_to == []
+        assert args.report_to == ["trackio"] and args.run_name == "grpo"
 
     def test_embedded_sizes_are_for_the_embedded_policy_only(self):
         args = parse(argv=OTHER_MODEL).args
@@ -282,11 +284,40 @@ class TestRun:
         assert "@article{cui2025entropy" in card and "@article{xu2025single" in card
         assert "## Results" in card and "training_curve.png" in card and found["command"] in card
         assert "huggingface.co/None" not in card
+        data = ModelCard.load("out/README.md").data
+        assert ModelCardData(**data.to_dict()).to_dict() == data.to_dict()
+        assert {"trl", "trl-ext", "clip_cov", "spo"} <= set(data.tags) and data.library_name == "transformers"
+        (result,) = data.eval_results
+        assert (result.dataset_name, result.metric_type) == ("arithmetic", "accuracy")
+        assert result.metric_value == found["after"]["mean"]
         for text in (card, Path("out/results.json").read_text()):
             assert POLICY_PATH not in text
         assert Path("out/training_curve.png").read_bytes()[:4] == b"\x89PNG"
         output = capsys.readouterr().out
         assert "256" in output and "'loss':" not in output
+
+    def test_trackers_get_the_methods_metrics(self, monkeypatch):
+        quick = QUICK[:-2]  # without --report_to
+        main(["clip_cov"], argv=[*quick, "--num_iterations", "2", "--logging_steps", "1"])
+        with open("report.yaml", "w") as file:
+            file.write("report_to: [tensorboard]\n")
+        monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "board")
+        main(["clip_cov"], argv=[*quick, "--num_iterations", "2", "--logging_steps", "1", "--config", "report.yaml"])
+        last = json.loads(Path("out/results.json").read_text())["curve"][-1]["reward"]
+        script = (  # in a process of its own: trackio reads its folder once
+            "import json; from trackio.sqlite_storage import SQLiteStorage as S; "
+            "print(json.dumps([S.get_projects(), S.get_runs('trl-ext'), S.get_logs('trl-ext', 'out')]))"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        projects, runs, logs = json.loads(done.stdout)
+        assert projects == ["trl-ext"] and runs == ["out"]
+        assert [log["train/reward"] for log in logs if "train/reward" in log] == [pytest.approx(last)]
+        assert (
+            sum("train/clip_cov/selected" in log for log in logs) == 2
+        )  # the second step goes over the same rollouts
+        board = EventAccumulator("board").Reload()
+        assert [point.step for point in board.Scalars("train/clip_cov/selected")] == [1, 2]
+        assert board.Scalars("train/reward")[-1].value == pytest.approx(last)
 
     def test_evaluation_does_not_change_training(self):
         main(argv=[*QUICK])

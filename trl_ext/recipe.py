@@ -1,7 +1,6 @@
 """What all recipes share: their options, and a run from the data to the saved model with its report."""
 
 import argparse
-import contextlib
 import difflib
 import json
 import math
@@ -15,16 +14,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 import yaml
+from huggingface_hub import EvalResult, ModelCard
 from packaging.version import Version
 from transformers import ProgressCallback, TrainerCallback
+from transformers.integrations import is_trackio_available
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .callbacks.difficulty import DifficultyCallback
-from .core import MethodConfig, MethodTrainer, MixingError, mix
+from .core import MethodConfig, MethodTrainer, MixingError, card, mix
 from .core.mixing import Mix
 from .core.state import newest_complete
 from .tasks.data import load_data, load_rewards
@@ -211,6 +211,8 @@ def parse(
     if everything.get("hub_strategy", "end") != "end":
         raise ValueError(f"`hub_strategy` must be 'end', got {everything['hub_strategy']!r}: recipes upload once.")
     below = {"output_dir": f"runs/{'+'.join(sorted(chosen)) or 'grpo'}"}
+    if is_trackio_available():
+        below |= {"report_to": "trackio", "project": "trl-ext"}
     below["use_cpu"] = everything.get("use_cpu", not torch.accelerator.is_available())
     if below["use_cpu"]:
         below["bf16"] = False
@@ -222,6 +224,7 @@ def parse(
             del below["max_steps"]
     parser.set_defaults_with_config(**below | settings | {"methods": chosen, "blend": blend})
     recipe, args, model = parser.parse_args_and_config(rest)
+    args.run_name = args.run_name or Path(args.output_dir).name
     return Parsed(Trainer, recipe, args, model)
 
 
@@ -415,37 +418,8 @@ class _Bar(ProgressCallback):
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def _launch(argv: list[str]) -> str:
-    """The command that started this run, without the Hub's token."""
-    script, launcher = sys.argv[0], ["python"]
-    if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-        with contextlib.suppress(psutil.Error):
-            parent = psutil.Process().parent().cmdline()
-            if script in parent:
-                launcher = parent[: parent.index(script)]
-                if launcher[1:] and not launcher[1].startswith("-"):  # python .../accelerate launch
-                    launcher = launcher[1:]
-                launcher[0] = Path(launcher[0]).name
-    if os.path.isabs(script) and not os.path.relpath(script).startswith(".."):
-        script = os.path.relpath(script)
-    words = [*launcher, script]
-    for i, word in enumerate(argv):
-        if i and argv[i - 1] in ("--hub_token", "--hub-token"):
-            word = "..."
-        elif word.startswith(("--hub_token=", "--hub-token=")):
-            word = "--hub_token=..."
-        words.append(word)
-    return shlex.join(words)
-
-
 def _summary(trainer, parsed: Parsed, before: _Before, after, seconds: float, command: str) -> dict:
     recipe = parsed.recipe
-    history = trainer.state.log_history
-    curve = [
-        {"rollouts": row.get("num_rollouts"), "reward": row["reward"], "entropy": row.get("entropy")}
-        for row in history
-        if row.get("reward") is not None
-    ]
     model = parsed.model.model_name_or_path
     summary = {
         "methods": recipe.methods,
@@ -466,11 +440,8 @@ def _summary(trainer, parsed: Parsed, before: _Before, after, seconds: float, co
         "after": None,
         "gain": None,
         "command": command,
-        "versions": {
-            "python": sys.version.split()[0],
-            **{name: version(name) for name in ("trl-ext", "trl", "transformers", "accelerate", "torch")},
-        },
-        "curve": curve,
+        "versions": card.versions(),
+        "curve": card.reward_curve(trainer.state.log_history),
     }
     if after is not None and before.rewards is not None:
         scores = torch.cat([before.rewards, after])
@@ -505,24 +476,6 @@ def _cells(summary: dict) -> dict[str, str]:
     }
 
 
-def _plot(curve: list[dict], title: str, path: str) -> None:
-    """Reward and, where it was logged, entropy over rollouts."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    names = ["reward"] + (["entropy"] if any(row["entropy"] is not None for row in curve) else [])
-    figure = Figure(figsize=(6, 2.6 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, name in zip(figure.subplots(len(names), squeeze=False, sharex=True)[:, 0], names, strict=True):
-        points = [(row["rollouts"], row[name]) for row in curve if row[name] is not None]
-        axes.plot(*zip(*points, strict=True) if points else ([], []), marker="." if len(points) < 20 else None)
-        axes.set_ylabel(name)
-        axes.grid(alpha=0.3)
-    axes.set_xlabel("rollouts")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-
-
 def _append_results(folder: str, summary: dict) -> None:
     """Add the results to the model card that the trainer has written."""
     cells = _cells(summary)
@@ -535,13 +488,22 @@ def _append_results(folder: str, summary: dict) -> None:
             f"{summary['seed']}, {summary['steps']} steps, processes: {summary['processes']}.",
             "",
         ]
-    lines += ["![Reward over rollouts](training_curve.png)", "", "```bash", summary["command"], "```", ""]
-    lines += ["Versions: " + ", ".join(f"{name} {number}" for name, number in summary["versions"].items()) + "."]
-    path = Path(folder, "README.md")
-    card = path.read_text(encoding="utf-8")
-    card = card.replace("[None](https://huggingface.co/None)", "a local model")  # TRL names only models of the Hub
-    card = card.replace('model="None"', f'model="{Path(folder).name}"')
-    path.write_text(card + "\n".join(lines) + "\n", encoding="utf-8")
+    path = os.path.join(folder, "README.md")
+    model_card = ModelCard.load(path)
+    model_card.text = model_card.text.rstrip() + "\n" + "\n".join(lines) + "\n"
+    if summary["after"] is not None and not math.isnan(summary["after"]["mean"]):
+        model_card.data.model_name = model_card.data.to_dict().get("model_name") or Path(folder).resolve().name
+        model_card.data.eval_results = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=summary["dataset"],
+                dataset_name=summary["dataset"],
+                metric_type=summary["metric"].replace(" ", "_"),
+                metric_name=f"held-out {summary['metric']}",
+                metric_value=summary["after"]["mean"],
+            )
+        ]
+    model_card.save(path)
 
 
 def _print_table(summary: dict) -> None:
@@ -580,6 +542,7 @@ def main(
     except (ValueError, MixingError, OSError) as error:
         raise SystemExit(f"{_prog()}: error: {error}") from error
     args, accelerator = trainer.args, trainer.accelerator
+    trainer.command = card.command_line(argv)
     _quieten(trainer)
     trainer.add_callback(DifficultyCallback(trainer))
     before = _Before(trainer, held_out, parsed.recipe.eval_samples)
@@ -588,7 +551,7 @@ def main(
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     seconds = time.perf_counter() - start - before.seconds
     after = None if held_out is None else evaluate(trainer, held_out, parsed.recipe.eval_samples)
-    summary = _summary(trainer, parsed, before, after, seconds, _launch(argv))
+    summary = _summary(trainer, parsed, before, after, seconds, trainer.command)
 
     folder = args.output_dir
     trainer.save_model(folder)
@@ -598,7 +561,6 @@ def main(
     trainer.create_model_card(model_name=Path(folder).name, dataset_name=name if on_hub else None)
     failure = None
     if accelerator.is_main_process:
-        _plot(summary["curve"], f"{summary['trainer']} on {name}", os.path.join(folder, "training_curve.png"))
         _append_results(folder, summary)
         with open(os.path.join(folder, "results.json"), "w", encoding="utf-8") as file:
             json.dump(summary, file, indent=2)

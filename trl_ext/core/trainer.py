@@ -62,6 +62,8 @@ class MethodTrainer(Hooks, GRPOTrainer):
             setting, its value and the remedy.
     """
 
+    command: str | None = None  # what started the run, for the model card; None: this process's command line
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "slug" not in cls.__dict__:
@@ -312,12 +314,10 @@ class MethodTrainer(Hooks, GRPOTrainer):
         results, waiting, measured = [], {}, {}
         self._score_calls += 1
         process, spent = self.accelerator.process_index, self._rollouts_spent
-        with (
-            self._no_trace(),
-            local_seed(
-                make_generator(self.args.seed, "score_prompts", self._score_calls, process), self.accelerator.device
-            ),
-        ):
+        # The processes that share an engine must draw alike: each of them samples all its tokens.
+        sharing = self.args.vllm_tensor_parallel_size if self.use_vllm and self.vllm_mode == "colocate" else 1
+        generator = make_generator(self.args.seed, "score_prompts", self._score_calls, process // sharing)
+        with self._no_trace(), local_seed(generator, self.accelerator.device):
             chunks = examples.split(share * processes)
             hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
             for i, chunk in enumerate(tqdm(chunks, desc="Scoring prompts", leave=False, disable=hidden)):
@@ -809,10 +809,17 @@ class MethodTrainer(Hooks, GRPOTrainer):
         return self._generated
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
-        # A vLLM server is asked for `num_generations` answers to every n-th prompt, which only suits equal groups.
-        if self.model.training and self._overrides("prompt_budgets"):
+        # A vLLM server is asked for `num_generations` answers to every n-th prompt, which only suits equal groups of
+        # one prompt each.
+        if self.model.training and self._overrides("prompt_budgets", "edit_examples"):
             num_generations = 1
-        return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs)
+        training = self.model.training
+        answer = super()._generate_single_turn(
+            prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
+        )
+        if self.use_transformers_continuous_batching:
+            self.model.train(training)  # TRL leaves it in training mode, and an evaluation would go on as training
+        return answer
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         if self._cached is not None:
@@ -949,9 +956,12 @@ class MethodTrainer(Hooks, GRPOTrainer):
         """Whatever happens inside leaves metrics and logs as they were."""
         stores = [*self._logs_stores, *self._metrics.values(), self._pending_extra_logs, self._pending_metrics]
         contents = self._contents(stores)
+        # TRL times its parts to the trackers by itself; trackio raises an error outside of a training run.
+        trackers, self.args.report_to = self.args.report_to, []
         try:
             yield
         finally:
+            self.args.report_to = trackers
             self._restore(stores, contents)
 
     # ------------------------------------------------------------------------------------------------- the loss
