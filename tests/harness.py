@@ -3,8 +3,21 @@
 import hashlib
 import shutil
 
+import datasets
 import torch
-from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PrinterCallback,
+    ProgressCallback,
+    Qwen2Config,
+)
 
 from trl_ext import mix
 from trl_ext.tasks import POLICY_PATH, arithmetic, exact_match  # noqa: F401 (for the tests)
@@ -147,6 +160,46 @@ def make_teacher(folder) -> str:
     return str(folder)
 
 
+def make_vision_model(folder) -> str:
+    """A tiny random vision-language model that has the embedded policy's tokenizer and reads 8 x 8 pixels."""
+    tokenizer = AutoTokenizer.from_pretrained(POLICY_PATH)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    size = {"height": 8, "width": 8}
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False),
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"
+        "{% for part in message.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}"
+        "{% endif %}{% endfor %}",
+    )
+    tiny = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, image_size=8, patch_size=4, projection_dim=16, **tiny
+    )
+    text = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        **tiny,
+    )
+    torch.manual_seed(0)
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=image_token, vision_feature_layer=-1
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
 def train_mix(names, teacher, wrap=lambda trainer: trainer, blend=None, **settings):
     """Two generations of a mix, under settings with which each method acts; `wrap` may subclass the trainer."""
     trainer, config = mix(*names, blend=blend)
@@ -160,6 +213,10 @@ def train_mix(names, teacher, wrap=lambda trainer: trainer, blend=None, **settin
     for column, hints in HINTS.items():
         data = data.add_column(column, [hints] * 4)
     data = data.add_column("duration", [0.5, 2.0, 1.0, 4.0])
+    if settings.pop("images", False):
+        shades = [Image.new("RGB", (8, 8), (60 * i, 0, 0)) for i in range(4)]
+        data = data.add_column("image", list(map(datasets.Image().encode_example, shades)))
+        data = data.cast_column("image", datasets.Image())
     settings = {
         "num_generations": 4,
         "num_iterations": 2,

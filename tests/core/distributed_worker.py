@@ -200,6 +200,8 @@ CASES = {
         mix("knapsack_rl", "tw_grpo").Trainer,
         {"rows": 4, "knapsack_min_history": 1, "knapsack_zero_rollouts": 1},
     ),
+    "gtpo": (mix("gtpo").Trainer, {}),
+    "tw_grpo": (mix("tw_grpo").Trainer, {}),
     "puct": (mix("puct").Trainer, {"rows": 4}),
     "ttt_discover": (mix("ttt_discover").Trainer, {"max_grad_norm": 0.0, "learning_rate": 1e-4}),
     "ttt_discover + puct": (

@@ -1,4 +1,4 @@
-"""One and two processes (gloo) give the same prompts, advantages, states and parameters."""
+"""One, two and four processes (gloo) give the same prompts, advantages, states and parameters."""
 
 import subprocess
 import sys
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_worker import CASES
+
+from trl_ext.core.mixing import list_methods
 
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one worker, since all tests share the launches
@@ -38,15 +40,16 @@ QUICK += ["knapsack_rl + empg + llds", "dynamic_sampling + d3s + clip_cov", "ble
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folders = {}
+    folder, launched = tmp_path_factory.mktemp("distributed"), set()
 
-    def load(name, processes, process):
+    def load(name, processes):
+        """What every process saw; all quick cases, or all others, run in one launch."""
         quick = name in QUICK
-        if quick not in folders:
-            folders[quick] = tmp_path_factory.mktemp("distributed")
-            for count in (1, 2):
-                launch(folders[quick], count, [name for name in CASES if (name in QUICK) == quick])
-        return torch.load(folders[quick] / f"{name}_{processes}_{process}.pt", weights_only=True)
+        if (quick, processes) not in launched:
+            launched.add((quick, processes))
+            launch(folder, processes, [name for name in CASES if (name in QUICK) == quick])
+        files = [folder / f"{name}_{processes}_{process}.pt" for process in range(processes)]
+        return [torch.load(file, weights_only=True) for file in files]
 
     return load
 
@@ -72,47 +75,38 @@ FLOAT32 = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CASES]
-)
-def test_two_processes_equal_one(results, name):
-    one, first, second = results(name, 1, 0), results(name, 2, 0), results(name, 2, 1)
-    assert len(one["seen"]) >= 2
-    gaps = {key: gap(one[key], first[key]) for key in ("seen", "state", "watched", "logged", "parameters")}
+def alone(name: str) -> str | None:
+    """The method that a case is about, None if there are several."""
+    return name.split(",")[0].split()[0] if "+" not in name and "blend" not in name else None
+
+
+def check(name, results, processes):
+    (one,), all_of_them = results(name, 1), results(name, processes)
+    assert len(one["seen"]) >= 2 and len(all_of_them) == processes
+    gaps = {key: gap(one[key], all_of_them[0][key]) for key in ("seen", "state", "watched", "logged", "parameters")}
     if name in FLOAT32:
         part, tolerance = FLOAT32[name]
         assert gaps.pop(part) <= tolerance
     assert all(value <= 1e-6 for value in gaps.values()), gaps
-    assert gap(first, second) == 0.0
+    assert all(gap(all_of_them[0], other) == 0.0 for other in all_of_them[1:])
     if one["seen"][0]["advantages"] is not None:  # else per token, and local
         assert max(abs(a) for seen in one["seen"] for a in seen["advantages"]) > 0.1
 
 
-# Methods that choose prompts or deal rollouts.
-CHOOSING = [
-    "spo constant",
-    "knapsack_rl",
-    "dynamic_sampling",
-    "vade",
-    "vas",
-    "gvm",
-    "deficit_sampler + spo",
-    "budgets",
-]
+@pytest.mark.shows("two processes", alone)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CASES]
+)
+def test_two_processes_equal_one(results, name):
+    check(name, results, 2)
 
 
 @pytest.mark.slow
-def test_four_processes_choose_the_same_prompts(tmp_path):
-    for processes in (1, 4):
-        launch(tmp_path, processes, CHOOSING)
-    for name in CHOOSING:
-        one, *four = (
-            torch.load(tmp_path / f"{name}_{processes}_{process}.pt", weights_only=True)
-            for processes, process in [(1, 0), *((4, process) for process in range(4))]
-        )
-        for part in four:
-            assert [seen["prompts"] for seen in part["seen"]] == [seen["prompts"] for seen in one["seen"]], name
-            assert all(len(seen["prompts"]) == 16 for seen in part["seen"])
-            assert gap(part["state"], one["state"]) <= 1e-5 and gap(part["parameters"], one["parameters"]) <= 1e-6, (
-                name
-            )
+@pytest.mark.shows("four processes", alone)
+@pytest.mark.parametrize("name", CASES)
+def test_four_processes_equal_one(results, name):
+    check(name, results, 4)
+
+
+def test_every_method_has_a_case_of_its_own():
+    assert set(list_methods()) <= {alone(name) for name in CASES}

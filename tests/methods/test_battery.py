@@ -100,12 +100,17 @@ NEUTRAL = {
 }
 
 
-@each(NEUTRAL)
-def test_neutral_settings_are_plain_grpo(name, teacher, plain):
+@pytest.mark.shows("neutral settings are TRL's GRPO")
+@each(METHODS)
+def test_neutral_settings_are_plain_grpo(name, teacher, plain, record_property):
+    if name not in NEUTRAL:
+        record_property("refused", "no settings make it GRPO")
+        return
     settings, tolerance = NEUTRAL[name]
     assert difference(train_mix([name], teacher, **settings), plain) <= tolerance
 
 
+@pytest.mark.shows("LoRA")
 @each(METHODS)
 @pytest.mark.slow
 @pytest.mark.parametrize("conversational", [False, True])
@@ -124,6 +129,7 @@ def hostile(completions, **kwargs):
     return [None if i % 4 < 2 or i >= 12 else float(i % 4 == 2) for i in range(len(completions))]
 
 
+@pytest.mark.shows("unscored rewards")
 @each(METHODS)
 def test_unscored_rewards(name, teacher):
     seen = []
@@ -159,17 +165,30 @@ def test_no_signal_at_all(name, teacher):
 
 
 # Statistics that are taken per micro-batch, by the authors' code.
-PER_MICRO_BATCH = {"bapo", "capo", "clip_cov", "disco", "gppo", "high_entropy_tokens", "kl_cov"}
+PER_MICRO_BATCH = {
+    "bapo": "the search of the bounds",
+    "capo": "the moments move once per micro-batch; a token's fate does not with `capo_optimizer='sgd'`",
+    "clip_cov": "the covariances, unless `clip_cov_scope='global'`",
+    "disco": "the constraint",
+    "gppo": "the likelihood term",
+    "high_entropy_tokens": "the threshold, unless `het_scope='global'`",
+    "kl_cov": "the covariances, unless `kl_cov_scope='global'`",
+}
 
 
-@each(sorted(set(METHODS) - PER_MICRO_BATCH))
+@pytest.mark.shows("any split of the batch")
+@each(METHODS)
 @pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
-def test_the_update_does_not_depend_on_the_split(name, loss_type, teacher):
+def test_the_update_does_not_depend_on_the_split(name, loss_type, teacher, record_property):
     settings = {"optim": "sgd", "learning_rate": 0.05, "loss_type": loss_type, "rollout_func": scripted}
     whole = train_mix([name], teacher, **settings)
     split = train_mix([name], teacher, per_device_train_batch_size=4, gradient_accumulation_steps=4, **settings)
-    assert difference(whole, split) < 1e-6
+    gap = difference(whole, split)
+    if name in PER_MICRO_BATCH:
+        record_property("refused", f"per micro-batch, as in the authors' code: {PER_MICRO_BATCH[name]}; here {gap:.0e}")
+    else:
+        assert gap < 1e-6
 
 
 @each(METHODS)
