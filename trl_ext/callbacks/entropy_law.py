@@ -4,13 +4,13 @@ import math
 import os
 import warnings
 from dataclasses import dataclass, field
-from functools import cache
-from statistics import NormalDist
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast
 from transformers import TrainerCallback
+
+from ..evaluation import student_quantile
 
 
 ALARMS = ("collapse", "explosion")
@@ -197,36 +197,6 @@ def entropy_law_fit(entropy, reward, confidence: float = 0.95) -> EntropyFit | N
     covariance = noise * np.array([[1 / spread, middle / spread], [middle / spread, 1 / n + middle**2 / spread]])
     quantile = student_quantile(confidence, n - 2)
     return EntropyFit(float(a), float(b), math.sqrt(squares / n), n, covariance, float(noise), quantile)
-
-
-@cache
-def student_quantile(confidence: float, freedom: int) -> float:
-    """Half the width, in standard errors, of the two-sided interval of Student's t; infinite without freedom."""
-    if freedom < 1:
-        return math.inf
-    if freedom > 200:  # the next term of this expansion is below 1e-6
-        z = NormalDist().inv_cdf((1 + confidence) / 2)
-        first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-        return z + first / freedom + second / freedom**2
-
-    def inside(t):  # probability of (-t, t): a finite series for whole degrees of freedom
-        angle = math.atan(t / math.sqrt(freedom))
-        odd = freedom % 2
-        term = total = math.cos(angle) if odd else 1.0
-        for k in range(2 + odd, freedom - 1, 2):
-            term *= math.cos(angle) ** 2 * (k - 1) / k
-            total += term
-        if not odd:
-            return math.sin(angle) * total
-        return 2 / math.pi * (angle + (math.sin(angle) * total if freedom > 1 else 0.0))
-
-    low, high = 0.0, 1.0
-    while inside(high) < confidence:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < confidence else (low, middle)
-    return high
 
 
 def steps_left(steps, entropy, spent: float, confidence: float = 0.95) -> tuple[float, float, float]:

@@ -279,7 +279,12 @@ class MethodTrainer(Hooks, GRPOTrainer):
         return joined.to(flat.dtype), sum(sizes[: self.accelerator.process_index])
 
     def score_prompts(
-        self, rows: torch.Tensor, n: int, dataset: Dataset | None = None, measure: Callable | None = None
+        self,
+        rows: torch.Tensor,
+        n: int,
+        dataset: Dataset | None = None,
+        measure: Callable | None = None,
+        seed: int | None = None,
     ) -> "torch.Tensor | tuple[torch.Tensor, list]":
         """
         Generate and score outside a training step, on whatever engine the trainer uses. The work is shared evenly by
@@ -296,6 +301,8 @@ class MethodTrainer(Hooks, GRPOTrainer):
             measure (`Callable`, *optional*):
                 Called once for each of the rows, on one of the processes, with the row and its list of n [`Sample`];
                 returns whatever is to be known of them.
+            seed (`int`, *optional*):
+                The samples depend on it alone, and not on how often this was called before; for evaluations.
 
         Returns:
             `torch.Tensor`: Rewards of the K functions, shape `(len(rows), n, K)`, the same on every process; with
@@ -312,11 +319,12 @@ class MethodTrainer(Hooks, GRPOTrainer):
         padding = -count % (share * processes)
         examples = torch.cat([examples, examples[:1].expand(padding)])
         results, waiting, measured = [], {}, {}
-        self._score_calls += 1
+        self._score_calls += seed is None
+        purpose, key = ("score_prompts", self._score_calls) if seed is None else ("evaluation", seed)
         process, spent = self.accelerator.process_index, self._rollouts_spent
         # The processes that share an engine must draw alike: each of them samples all its tokens.
         sharing = self.args.vllm_tensor_parallel_size if self.use_vllm and self.vllm_mode == "colocate" else 1
-        generator = make_generator(self.args.seed, "score_prompts", self._score_calls, process // sharing)
+        generator = make_generator(self.args.seed, purpose, key, process // sharing)
         with self._no_trace(), local_seed(generator, self.accelerator.device):
             chunks = examples.split(share * processes)
             hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
@@ -814,9 +822,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
         if self.model.training and self._overrides("prompt_budgets", "edit_examples"):
             num_generations = 1
         training = self.model.training
-        answer = super()._generate_single_turn(
-            prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
-        )
+        answer = super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs)
         if self.use_transformers_continuous_batching:
             self.model.train(training)  # TRL leaves it in training mode, and an evaluation would go on as training
         return answer
@@ -958,10 +964,11 @@ class MethodTrainer(Hooks, GRPOTrainer):
         contents = self._contents(stores)
         # TRL times its parts to the trackers by itself; trackio raises an error outside of a training run.
         trackers, self.args.report_to = self.args.report_to, []
+        tokens = self.state.num_input_tokens_seen
         try:
             yield
         finally:
-            self.args.report_to = trackers
+            self.args.report_to, self.state.num_input_tokens_seen = trackers, tokens
             self._restore(stores, contents)
 
     # ------------------------------------------------------------------------------------------------- the loss
