@@ -23,7 +23,18 @@ from trl_ext.tasks import POLICY_PATH, arithmetic
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 CONFIGS = {name: mix(name).Config for name in list_methods()}
 QUICK = ["--max_steps", "2", "--eval_prompts", "6", "--eval_samples", "2", "--disable_tqdm", "true"]
-QUICK += ["--save_strategy", "no", "--dataset_size", "128", "--output_dir", "out", "--report_to", "none"]
+QUICK += [
+    "--save_strategy",
+    "no",
+    "--dataset_size",
+    "128",
+    "--output_dir",
+    "out",
+    "--watch",
+    "false",
+    "--report_to",
+    "none",
+]
 OTHER_MODEL = ["--model_name_or_path", "someone/model"]
 
 
@@ -260,11 +271,17 @@ class TestEvaluation:
 
 class TestRun:
     def test_folder_is_complete(self, capsys):
-        main(["clip_cov", "spo"], argv=[*QUICK, "--spo_offline_n", "1", "--logging_steps", "1", "--seed", "5"])
+        options = ["--spo_offline_n", "1", "--logging_steps", "1", "--seed", "5", "--watch", "true"]
+        main(["clip_cov", "spo"], argv=[*QUICK, *options])
         assert {"README.md", "results.json", "training_curve.png", "model.safetensors", "tokenizer.json"} <= set(
             os.listdir("out")
         )
         assert {"trl_ext_state.pt", "trl_ext_local_0.pt", "trl_ext_complete.json"} <= set(os.listdir("out"))
+        assert {"report.html", "run.json", "token_entropy.json", "token_entropy.png", "entropy_law.png"} <= set(
+            os.listdir("out")
+        )
+        report = Path("out/report.html").read_text()
+        assert "held-out accuracy" in report and "Clip-Cov" in report and "Entropy by token" in report
         found = results()
         assert found["methods"] == ["clip_cov", "spo"]
         assert (found["model"], found["dataset"], found["rewards"]) == (

@@ -26,7 +26,9 @@ _check_trl(_version("trl"))
 _PUBLIC = {
     "callbacks.difficulty": ("DifficultyCallback",),
     "callbacks.entropy_law": ("EntropyLawCallback", "EntropyLawConfig"),
+    "callbacks.evaluation": ("EvalStatsCallback", "EvalStatsConfig"),
     "callbacks.token_entropy": ("TokenEntropyCallback",),
+    "callbacks.update_sparsity": ("SubnetworkMaskCallback", "UpdateSparsityCallback", "UpdateSparsityConfig"),
     "core": ("MethodConfig", "MethodTrainer", "MixingError", "Requests", "Rollouts", "Scored", "TokenBatch", "mix"),
     "methods.bapo": ("BAPOConfig", "BAPOTrainer"),
     "methods.bnpo": ("BNPOConfig", "BNPOTrainer"),
@@ -63,6 +65,7 @@ _PUBLIC = {
     "methods.tw_grpo": ("TWGRPOConfig", "TWGRPOTrainer"),
     "methods.vade": ("VADEConfig", "VADETrainer"),
     "methods.vas": ("VASConfig", "VASTrainer"),
+    "report": ("RunReportCallback", "write_report"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 

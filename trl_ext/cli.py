@@ -28,8 +28,20 @@ def main(argv: list[str] | None = None) -> None:
     select.add_argument("--dataset_train_split", default="train", help="as given to the recipe")
     select.add_argument("--prompt_column", default="prompt", help="as given to the recipe")
     select.add_argument("--seed", type=int, default=42, help="of that run (default 42, TRL's)")
+    compare = commands.add_parser("compare", help="say whether two runs with an EvalStatsCallback differ")
+    compare.add_argument("run_a", help="output_dir of a run, or those of several seeds joined by commas")
+    compare.add_argument("run_b", help="the other one, or the other ones")
+    compare.add_argument("--step", type=int, help="optimizer step of the evaluations (default: the last ones)")
+    compare.add_argument("--alpha", type=float, default=0.05, help="chance of a false difference (default 0.05)")
+    compare.add_argument("--power", type=float, default=0.8, help="chance of finding a true one (default 0.8)")
+    report = commands.add_parser("report", help="write a report on a run, finished or not")
+    report.add_argument("run", help="output_dir of any TRL trainer")
+    report.add_argument("--output", help="file to write (default: report.html or report.md in the run's folder)")
+    report.add_argument("--format", choices=["html", "markdown"], help="default: by the ending of --output, or html")
     args = vars(parser.parse_args(argv))
-    command = {"methods": list_methods, "select": select_examples}[args.pop("command")]
+    command = {"methods": list_methods, "select": select_examples, "compare": compare_runs, "report": report_run}[
+        args.pop("command")
+    ]
     try:
         command(**args)
     except (ValueError, OSError) as error:
@@ -48,6 +60,20 @@ def list_methods() -> None:
         trainer = mixing.find_method(slug)
         table.add_row(slug, trainer.__name__, f"arXiv {trainer._paper['id']}", ", ".join(mixing.joints_of(trainer)))
     Console().print(table)
+
+
+def compare_runs(**settings) -> None:
+    """Say whether two runs differ; see [`~trl_ext.compare.compare_runs`]."""
+    from . import compare
+
+    compare.compare_runs(**settings)
+
+
+def report_run(run: str, output: str | None = None, format: str | None = None) -> None:
+    """Write the report on a run; see [`~trl_ext.report.write_report`]."""
+    from .report import write_report
+
+    print(f"The report is in {write_report(run, output, format)}.")
 
 
 def select_examples(

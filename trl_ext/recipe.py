@@ -24,9 +24,12 @@ from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .callbacks.difficulty import DifficultyCallback
+from .callbacks.entropy_law import EntropyLawCallback
+from .callbacks.token_entropy import TokenEntropyCallback
 from .core import MethodConfig, MethodTrainer, MixingError, card, mix
 from .core.mixing import Mix
 from .core.state import newest_complete
+from .report import RunReportCallback, write_report
 from .tasks.data import load_data, load_rewards
 from .tasks.embedded import POLICY_PATH, TRAIN_SIZE
 
@@ -79,6 +82,8 @@ class RecipeArguments:
             Samples per held-out prompt, before and after training.
         eval_prompts (`int`, *optional*, defaults to `200`):
             Most held-out prompts to use; 0 leaves the evaluation out.
+        watch (`bool`, *optional*, defaults to `True`):
+            Whether to follow the entropy, and the difficulty of the prompts, and to write `report.html` at the end.
     """
 
     methods: list[str] = field(default_factory=list, metadata={"help": "Methods by name; none is TRL's GRPO."})
@@ -102,6 +107,8 @@ class RecipeArguments:
     )
     eval_samples: int = field(default=4, metadata={"help": "Samples per held-out prompt."})
     eval_prompts: int = field(default=200, metadata={"help": "Most held-out prompts to use; 0: no evaluation."})
+
+    watch: bool = field(default=True, metadata={"help": "Follow entropy and prompts, and write a report."})
 
     def __post_init__(self):
         if isinstance(self.task_config, str):
@@ -544,7 +551,12 @@ def main(
     args, accelerator = trainer.args, trainer.accelerator
     trainer.command = card.command_line(argv)
     _quieten(trainer)
-    trainer.add_callback(DifficultyCallback(trainer))
+    if parsed.recipe.watch:
+        facts = {"data set": parsed.recipe.dataset}
+        trainer.add_callback(DifficultyCallback(trainer))
+        trainer.add_callback(EntropyLawCallback(trainer=trainer))
+        trainer.add_callback(TokenEntropyCallback(trainer))
+        trainer.add_callback(RunReportCallback(trainer, facts=facts, at_end=False))
     before = _Before(trainer, held_out, parsed.recipe.eval_samples)
     trainer.add_callback(before)
     start = time.perf_counter()
@@ -566,7 +578,9 @@ def main(
             json.dump(summary, file, indent=2)
             file.write("\n")
         _print_table(summary)
-        print(f"Model, card, curve and results.json are in {folder}.")
+        if parsed.recipe.watch:
+            write_report(folder)
+        print(f"Model, card, curve{', report.html' * parsed.recipe.watch} and results.json are in {folder}.")
         failure = _upload(args, push) if push else None
     accelerator.wait_for_everyone()
     if Version(version("transformers")) >= Version("5.18.0"):

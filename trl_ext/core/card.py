@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 import shlex
 import sys
 from importlib.metadata import version
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import psutil
 from huggingface_hub import ModelCard
-from trl import GRPOConfig
 
 from . import mixing
 from .config import MethodConfig
@@ -73,7 +73,7 @@ def versions() -> dict[str, str]:
 
 def command_line(argv: list[str] | None = None) -> str:
     """
-    The command that started this process, without the Hub's token.
+    The command that started this process, without tokens, keys and passwords.
 
     Args:
         argv (`list[str]`, *optional*):
@@ -94,13 +94,19 @@ def command_line(argv: list[str] | None = None) -> str:
                 launcher[0] = Path(launcher[0]).name
     if os.path.isabs(script) and not os.path.relpath(script).startswith(".."):
         script = os.path.relpath(script)
-    words = [*launcher, script]
-    for i, word in enumerate(argv):
-        if i and argv[i - 1] in ("--hub_token", "--hub-token"):
-            word = "..."
-        elif word.startswith(("--hub_token=", "--hub-token=")):
-            word = "--hub_token=..."
-        words.append(word)
+    return without_secrets([*launcher, script, *argv])
+
+
+def without_secrets(words: list[str]) -> str:
+    """A command without the values of options that name a token of the Hub, a key, a password or a secret."""
+    secret = re.compile(r"(?i)--?[\w-]*(hub[-_]?token|api[-_]?key|password|secret)[\w-]*")
+    words = list(words)
+    for i, word in enumerate(words):
+        name, equals, _ = word.partition("=")
+        if i and secret.fullmatch(words[i - 1]):
+            words[i] = "..."
+        elif equals and secret.fullmatch(name):
+            words[i] = f"{name}=..."
     return shlex.join(words)
 
 
@@ -181,29 +187,29 @@ _PLACES = {
 }
 
 
-def changed_settings(args: GRPOConfig) -> dict:
+def changed_settings(args) -> dict:
     """
-    Settings whose value is not TRL's default.
+    Settings whose value is not TRL's default, without those that only say where a run wrote.
 
     Args:
-        args ([`~trl.GRPOConfig`]):
-            The run's settings.
+        args (`TrainingArguments`):
+            The run's settings, of any TRL trainer.
 
     Returns:
         `dict`: value by name; a method's own fields are all in it.
     """
+    bases = type(args).__mro__
+    base = next(cls for cls in bases if cls is MethodConfig or cls.__module__.startswith(("trl.", "transformers.")))
     defaults = {
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        for field in dataclasses.fields(MethodConfig)
+        for field in dataclasses.fields(base)
     }
     names = [field.name for field in dataclasses.fields(args) if field.init and field.name not in _PLACES]
-    values = {name: getattr(args, name) for name in names}
-    plain = (bool, int, float, str, list, type(None))
+    values = {name: getattr(args, name) for name in names if not name.endswith("_token")}
     return {
         name: value
         for name, value in values.items()
-        if isinstance(value, plain)
-        and value is not None
+        if isinstance(value, (bool, int, float, str, list, dict))
         # Empty is empty, whatever the type that a config makes of it.
         and (name not in defaults or (value != defaults[name] and (value or defaults[name])))
     }
