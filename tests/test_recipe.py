@@ -437,7 +437,7 @@ class TestScripts:
         [
             ("train.py", [], "MethodTrainer"),
             pytest.param("spo.py", ["--spo_offline_n", "1"], "SPOTrainer", marks=pytest.mark.slow),
-            ("entropy_control.py", [], "ClipCovTrainer"),
+            pytest.param("entropy_control.py", [], "ClipCovTrainer", marks=pytest.mark.slow),
             pytest.param("spend_rollouts.py", [], "KnapsackRLTrainer", marks=pytest.mark.slow),
             pytest.param("hints.py", [], "ScafGRPOTrainer", marks=pytest.mark.slow),
             pytest.param("distill.py", ["--kd_teacher", POLICY_PATH], "KDRLTrainer", marks=pytest.mark.slow),
@@ -449,6 +449,7 @@ class TestScripts:
         assert results()["trainer"] == trainer and results()["steps"] == 2
         assert "strictly on-policy" not in done.stderr
 
+    @pytest.mark.slow
     def test_two_processes(self):
         command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", RECIPES / "train.py", "--methods", "spo"]
         done = run_script(sys.executable, *command, *QUICK, "--spo_offline_n", "1")

@@ -556,6 +556,7 @@ def test_masks_that_cannot_be(tmp_path):
         masking("random:0.5")(build(GRPOTrainer, GRPOConfig, peft_config=lora))
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     worker = Path(__file__).with_name("update_sparsity_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
