@@ -174,7 +174,8 @@ CASES = {
     "rest_grpo": (mix("rest_grpo").Trainer, {"rows": 8, "rest_num_samples": 4}),
     "riskpo": (mix("riskpo").Trainer, {"riskpo_bundle_size": 2, "riskpo_credit": "sum-mean"}),
     "stratified_grpo": (mix("stratified_grpo").Trainer, {"stratified_key": "builtins:len"}),
-    "one_shot_rlvr": (mix("one_shot_rlvr").Trainer, {"rows": 4, "num_generations": 4}),
+    # TRL's entropy bonus is a mean over each process's micro-batch.
+    "one_shot_rlvr": (mix("one_shot_rlvr").Trainer, {"rows": 4, "num_generations": 4, "entropy_coef": 0.0}),
     "scaf_grpo": (mix("scaf_grpo").Trainer, {"scaf_exempt_steps": 0, "rewards": rare_reward}),
     "blend of bnpo and spo": (
         mix("bnpo", "spo", blend={"bnpo": 0.5, "spo": 0.5}).Trainer,
