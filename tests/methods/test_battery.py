@@ -186,7 +186,9 @@ def test_the_update_does_not_depend_on_the_split(name, loss_type, teacher, recor
     split = train_mix([name], teacher, per_device_train_batch_size=4, gradient_accumulation_steps=4, **settings)
     gap = difference(whole, split)
     if name in PER_MICRO_BATCH:
-        record_property("refused", f"per micro-batch, as in the authors' code: {PER_MICRO_BATCH[name]}; here {gap:.0e}")
+        record_property(
+            "refused", f"per micro-batch, as in the authors' code: {PER_MICRO_BATCH[name]}; here {gap:.0e}"
+        )
     else:
         assert gap < 1e-6
 

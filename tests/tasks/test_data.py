@@ -388,7 +388,9 @@ class TestLoadRewards:
         from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
         names = ["exact_match", "accuracy_reward", "think_format_reward", "reasoning_accuracy_reward"]
-        assert load_rewards(names) == [exact_match, accuracy_reward, think_format_reward, reasoning_accuracy_reward]
+        rewards = [getattr(reward, "__wrapped__", reward) for reward in load_rewards(names)]
+        assert rewards == [exact_match, accuracy_reward, think_format_reward, reasoning_accuracy_reward]
+        assert [reward.__name__ for reward in load_rewards(names)] == names
         assert load_rewards([]) == []
         assert load_rewards("exact_match") == [exact_match]
 

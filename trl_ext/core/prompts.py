@@ -2,7 +2,49 @@
 
 import hashlib
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+
+
+def check_prompts(dataset, empty_text: bool) -> None:
+    """
+    Refuse a training set with prompts that cannot be generated from, before anything is spent on the others.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The training set.
+        empty_text (`bool`):
+            Whether the tokenizer makes a token of an empty text (a beginning-of-sequence token).
+
+    Raises:
+        ValueError: if it has no rows or no prompts; the message names the row, the value and the remedy.
+    """
+    if len(dataset) == 0:
+        raise ValueError("`train_dataset` has no rows: give at least one prompt.")
+    if dataset.format["type"] == "custom":  # rows are made when they are read
+        return
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"`train_dataset` has no column 'prompt', only {dataset.column_names}: rename the one that holds the "
+            "prompts, `dataset.rename_column(name, 'prompt')`."
+        )
+    column = dataset.with_format("arrow")["prompt"]
+    kind, remedy = column.type, "drop such rows, for example by `dataset.filter(lambda row: row['prompt'])`."
+    if pa.types.is_primitive(kind) and not pa.types.is_null(kind):
+        raise ValueError(
+            f"`train_dataset` has {column[0].as_py()!r} as the prompt of row 0: make "
+            "every prompt a text or a list of messages."
+        )
+    bad = pc.is_null(column)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        bad = pc.or_(bad, pc.equal(pc.fill_null(pc.list_value_length(column), 1), 0))
+    elif not empty_text and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        bad = pc.or_(bad, pc.equal(pc.fill_null(pc.binary_length(column), 1), 0))
+    if (row := pc.index(bad, True).as_py()) >= 0:
+        raise ValueError(
+            f"`train_dataset` has {column[row].as_py()!r} as the prompt of row {row}, with no token: {remedy}"
+        )
 
 
 def make_generator(seed: int, purpose: str, *keys: int) -> torch.Generator:

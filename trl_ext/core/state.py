@@ -13,6 +13,17 @@ from datasets import Dataset
 from transformers.trainer import TRAINER_STATE_NAME
 
 
+FIELDS = {
+    "format": int,
+    "trainer": str,
+    "processes": int,
+    "micro_step": int,
+    "generation": int,
+    "rollouts_spent": int,
+    "score_calls": int,
+    "prompts": str,
+    "methods": dict,
+}  # of the shared file
 SHARED, LOCAL, MARKER = "trl_ext_state.pt", "trl_ext_local_{}.pt", "trl_ext_complete.json"
 PROMPTS = "trl_ext_prompts.parquet"
 
@@ -55,6 +66,7 @@ def load(folder: str, accelerator) -> tuple[dict, list[dict]]:
 
     Raises:
         FileNotFoundError: if a file of the state is missing; the message names it.
+        ValueError: if one cannot be read, or a field of it is not what it should be; the message names both.
     """
     for name in (MARKER, SHARED):
         if not os.path.isfile(os.path.join(folder, name)):
@@ -62,7 +74,7 @@ def load(folder: str, accelerator) -> tuple[dict, list[dict]]:
                 f"{folder} has no {name}: it was not written by trl_ext, or writing it was cut short. Resume from "
                 "another checkpoint, or start anew from its weights."
             )
-    shared = torch.load(os.path.join(folder, SHARED), map_location="cpu", weights_only=True)
+    shared = read(os.path.join(folder, SHARED), FIELDS)
     shares = []
     for process in range(accelerator.process_index, shared["processes"], accelerator.num_processes):
         path = os.path.join(folder, LOCAL.format(process))
@@ -71,7 +83,7 @@ def load(folder: str, accelerator) -> tuple[dict, list[dict]]:
                 f"{path} is missing, the state of process {process} of {shared['processes']}: copy it from the node "
                 "that wrote it, or resume from another checkpoint."
             )
-        shares.append(torch.load(path, map_location="cpu", weights_only=True))
+        shares.append(read(path, {"methods": dict}))
     return shared, shares
 
 
@@ -146,6 +158,26 @@ def newest_complete(output_dir: str) -> str:
 def write(value: dict, path: str) -> None:
     torch.save(value, f"{path}.partial")
     os.replace(f"{path}.partial", path)
+
+
+def read(path: str, fields: dict[str, type]) -> dict:
+    remedy = "resume from another checkpoint, or start anew from its weights."
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's loader raises a dozen kinds
+        reason = str(error).split("\n")[0][:200]
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {reason}). It was cut short or changed after it was "
+            f"written: {remedy}"
+        ) from error
+    for name, kind in fields.items():
+        found = value.get(name) if isinstance(value, dict) else value
+        if not isinstance(found, kind):
+            raise ValueError(
+                f"{path} should hold `{name}` as {kind.__name__}, but has {found!r:.100}. It was changed after it was "
+                f"written, or another release wrote it: {remedy}"
+            )
+    return value
 
 
 def fingerprint(prompts) -> str:

@@ -40,7 +40,8 @@ from . import card, mixing, state
 from .batches import masked, merge_rows, take_examples, take_rows, trim
 from .config import MethodConfig
 from .hooks import Hooks
-from .prompts import ShuffledOrder, make_generator
+from .prompts import ShuffledOrder, check_prompts, make_generator
+from .rewards import checked, usable_rewards
 from .rollouts import Requests, Rollouts, Sample, Scored, TokenBatch, zero_signal
 
 
@@ -98,7 +99,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
         self._entropy_mask = None
         self._token_metrics = {}
         self._watchers = []
-        self._save_due = False
+        self._save_due = self._warned_of_length = False
         self._score_calls = 0
         super().__init__(model, reward_funcs, args, train_dataset, *more, **kwargs)
         self._wanted = {need for c in cls.__mro__ if "needs" in c.__dict__ for need in c.needs(args)}
@@ -108,6 +109,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
             raise ValueError(f"{cls.__name__} needs a reference model, which TRL makes only if `beta` is not 0.")
         self._indexed = isinstance(self.train_dataset, Dataset)
         if self._indexed:
+            check_prompts(self.train_dataset, empty_text=bool(self._tokenizer("")["input_ids"]))
             chunk = args.generation_batch_size // args.num_generations
             self._order = ShuffledOrder(len(self.train_dataset), chunk, args.shuffle_dataset, args.seed)
             self._rows = self._remove_unused_columns(self.train_dataset, description="Training")
@@ -813,7 +815,21 @@ class MethodTrainer(Hooks, GRPOTrainer):
     def _generate(self, prompts):
         if self._cached is not None:
             return self._cached["generated"]
-        self._generated = super()._generate(prompts)
+        function = self.rollout_func
+        self.rollout_func = function and functools.partial(_with_tokens, function)
+        try:
+            self._generated = super()._generate(prompts)
+        finally:
+            self.rollout_func = function
+        longest = max(map(len, self._generated[0])) + self.max_completion_length
+        context = getattr(self._causal_model.config.get_text_config(), "max_position_embeddings", None) or longest
+        if longest > context and not self._warned_of_length:
+            self._warned_of_length = True
+            warnings.warn(
+                f"A prompt and `max_completion_length` ({self.max_completion_length}) take up to {longest} tokens, "
+                f"but the model was made for {context}: drop the longest prompts, or allow fewer tokens.",
+                stacklevel=2,
+            )
         return self._generated
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
@@ -834,14 +850,13 @@ class MethodTrainer(Hooks, GRPOTrainer):
                 self._pending_extra_logs[column].extend(values)
         else:
             prompts = prompts if self._original_prompts is None else self._original_prompts
-            matrix = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        infinite = matrix.isinf().any(dim=0)
-        if infinite.any():
-            name = self.reward_func_names[int(infinite.nonzero()[0])]
-            raise ValueError(
-                f"The reward function '{name}' returned an infinite reward, which would erase the advantages of its "
-                "whole group: return a finite number, or None for a completion that cannot be scored."
-            )
+            functions = self.reward_funcs
+            self.reward_funcs = list(map(checked, functions, self.reward_func_names))
+            try:
+                matrix = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            finally:
+                self.reward_funcs = functions
+        matrix = usable_rewards(matrix, self.reward_func_names)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         tool_mask = (self._cached["generated"] if self._cached is not None else self._generated)[2]
         lengths = [len(ids) for ids in completion_ids_list] if tool_mask is None else [sum(mask) for mask in tool_mask]
@@ -1220,9 +1235,16 @@ class MethodTrainer(Hooks, GRPOTrainer):
                     "checkpoint at a generation's end."
                 )
             self._buffered_inputs = state.to_device(shares[0]["buffer"], self.accelerator.device)
-        self.load_method_state(shared["methods"])
-        for share in shares:
-            self.load_local_state(share["methods"])
+        try:
+            self.load_method_state(shared["methods"])
+            for share in shares:
+                self.load_local_state(share["methods"])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"{checkpoint}/{state.SHARED}, or a {state.LOCAL.format('*')} beside it, does not hold the state of "
+                f"{type(self).__name__} as it should ({type(error).__name__}: {error}): resume from another "
+                "checkpoint, or start anew from its weights."
+            ) from error
 
     # ------------------------------------------------------------------------------------------------ model card
 
@@ -1235,6 +1257,19 @@ class MethodTrainer(Hooks, GRPOTrainer):
 def strictly_on_policy(args) -> bool:
     """Whether there is at most one optimizer step per generation, so that old and current policy are the same."""
     return args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0
+
+
+def _with_tokens(rollout_func, prompts, trainer):
+    """What a `rollout_func` returns, unless there is nothing in it to score."""
+    output = rollout_func(prompts, trainer)
+    for name in ("prompt_ids", "completion_ids"):
+        empty = next((i for i, ids in enumerate(output.get(name, ())) if len(ids) == 0), None)
+        if empty is not None:
+            raise ValueError(
+                f"`rollout_func` returned no token in `{name}` for prompt {empty}: return at least one, such as the "
+                "end-of-sequence token."
+            )
+    return output
 
 
 @contextlib.contextmanager

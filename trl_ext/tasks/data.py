@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .bounded import SECONDS, WORKER, MathReward, evaluated_by, harmless
 from .embedded import TRAIN_SIZE, arithmetic, completion_text, exact_match
 
 
@@ -426,17 +427,22 @@ class ReasoningGymReward:
     A completion with `<answer>...</answer>` is scored by what its last such pair encloses, any other one by its whole
     text; surrounding white space does not count. An answer on which the verifier fails scores 0.0.
 
+    Verifiers run in a process of their own: an answer that uses up its time or memory scores 0.0. Some of them call
+    `eval` on the answer; they see only literals and formulas, and any other answer as none.
+
     Args:
         task (`str`):
             Name of the task, for example `"chain_sum"`.
         task_config (`dict`, *optional*):
             Its settings.
+        seconds (`float`, *optional*, defaults to `5.0`):
+            Computing time per completion.
     """
 
     _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
-    def __init__(self, task: str, task_config: dict[str, Any] | None = None):
-        self.task, self.task_config = task, task_config
+    def __init__(self, task: str, task_config: dict[str, Any] | None = None, seconds: float = SECONDS):
+        self.task, self.task_config, self.seconds = task, task_config, seconds
         self.__name__ = task
         self._source = None
 
@@ -456,20 +462,42 @@ class ReasoningGymReward:
         Returns:
             `list[float]`: scores between 0.0 and 1.0.
         """
+        arguments = [self.task, self.task_config, type(self.source).__module__]
+        rewards = []
+        for completion, e in zip(completions, entry, strict=True):
+            text = completion_text(completion)
+            rewards.append(WORKER.score(f"{__name__}:reasoning_gym_scorer", arguments, text, e, self.seconds) or 0.0)
+        return rewards
+
+    @property
+    def source(self):
+        """The task, which scores; made when it is first needed."""
         if self._source is None:
             self._source = _reasoning_gym_task(self.task, self.task_config, seed=0, size=1)
-        return [self._score(completion_text(c), e) for c, e in zip(completions, entry, strict=True)]
+        return self._source
 
-    def _score(self, text: str | None, entry: str) -> float:
-        decoded = decode_entry(entry)
+    def score(self, text: str | None, entry: str) -> float:
+        """One completion's score, in this process, and for as long as it takes."""
+        decoded, source = decode_entry(entry), self.source
+        while hasattr(source, "datasets"):  # a mixture
+            source = source.datasets[decoded["metadata"]["source_dataset"]]
         if text is not None:
             tagged = self._TAGGED.findall(text)
             text = (tagged[-1] if tagged else text).strip()
+            if not harmless(text, evaluated_by(type(source).score_answer), str(decoded.get("answer"))):
+                text = None
         try:
-            score = float(self._source.score_answer(text, decoded))
+            score = float(source.score_answer(text, decoded))
         except Exception:  # verifiers parse what the model wrote, and some do not guard against all of it
             return 0.0
         return score if score == score else 0.0
+
+
+def reasoning_gym_scorer(task: str, task_config: dict[str, Any] | None, module: str) -> Callable:
+    importlib.import_module(module)  # where a task that is not reasoning_gym's own is registered
+    reward = ReasoningGymReward(task, task_config)
+    reward.source  # noqa: B018 (the time to make it is not the first completion's)
+    return reward.score
 
 
 def load_rewards(names: list[str]) -> list[Callable]:
@@ -481,8 +509,9 @@ def load_rewards(names: list[str]) -> list[Callable]:
             Each one of:
 
             - `"exact_match"`: [`exact_match`];
-            - a reward of TRL: `"accuracy_reward"`, `"reasoning_accuracy_reward"`, `"think_format_reward"` or
-              `"get_soft_overlong_punishment"` (with `max_completion_len=1280` and `soft_punish_cache=256`);
+            - a reward of TRL: `"accuracy_reward"` and `"reasoning_accuracy_reward"` (in bounded time, see
+              [`MathReward`]), `"think_format_reward"` or `"get_soft_overlong_punishment"` (with
+              `max_completion_len=1280` and `soft_punish_cache=256`);
             - the import path of a function, for example `"my_rewards.brevity"`, also from the current directory.
 
     Returns:
@@ -494,6 +523,8 @@ def load_rewards(names: list[str]) -> list[Callable]:
 def _load_reward(name: str) -> Callable:
     if name == "exact_match":
         return exact_match
+    if name in ("accuracy_reward", "reasoning_accuracy_reward"):
+        return MathReward(name)
     if name in TRL_REWARDS:
         reward = getattr(importlib.import_module("trl.rewards"), name)
         if name == "get_soft_overlong_punishment":
