@@ -16,7 +16,7 @@ PROPERTIES = {
     "neutral settings are TRL's GRPO": "with settings under which the method does nothing, parameters equal plain "
     "TRL's after several steps (bit for bit, or 1e-6 where the same sum is taken in another order)",
     "unscored rewards": "rewards that are None get no advantage and influence nobody",
-    "hostile rewards": "rewards of 1e30 leave finite parameters, or are an error that names the reward function",
+    "hostile rewards": "rewards of any size (1e30) leave finite parameters, or are an error that says what to do",
     "any split of the batch": "parameters do not depend on how a generation is cut into micro-batches (1e-6)",
     "stop and resume inside a generation": "parameters and state of a stopped and resumed run are those of one that "
     "was not stopped, bit for bit",
