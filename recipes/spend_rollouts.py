@@ -29,7 +29,8 @@ best.
 
 In a simulation of 2,000 prompts (`benchmarks/mechanisms/samplers.py`, 5 seeds) the share of rollouts with a signal is
 0.62 with uniform sampling, 0.74 with VADE and 0.78 with Knapsack RL at the same rollouts; VAS reaches 0.70 and GVM
-0.87, but of all rollouts they spend, those of their estimates included, only 0.15 and 0.44 teach.
+0.87, but of all rollouts they spend, those of their estimates included, only 0.15 and 0.44 teach (ReST-GRPO's filter:
+0.77 and 0.32).
 """
 
 from trl_ext.recipe import main

@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 
 from ..core import MethodConfig, MethodTrainer, Rollouts
 from ..core.config import import_function
+from .ttt_discover import TTTDiscoverTrainer
 
 
 @dataclass
@@ -262,17 +263,7 @@ class PUCTTrainer(MethodTrainer):
         "spo": "its baseline belongs to a row, and many states belong to one row",
     }
     _name = "TTT-Discover state reuse (PUCT)"
-    _paper = {
-        "title": "Learning to Discover at Test Time",
-        "id": "2601.16175",
-        "citation": """\
-@article{yuksekgonul2026learning,
-    title  = {{Learning to Discover at Test Time}},
-    author = {Mert Yuksekgonul and Daniel Koceja and Xinhao Li and others},
-    year   = 2026,
-    eprint = {arXiv:2601.16175},
-}""",
-    }
+    _paper = TTTDiscoverTrainer._paper
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -1,0 +1,324 @@
+"""
+Which method helps, on what, and at what cost: methods and mixes against plain GRPO on the embedded policy, from the
+same start, at equal rollouts (those of estimates and further rounds included).
+
+```bash
+python benchmarks/run.py --hours 2          # the next rows of everything; prints how long all will take
+python benchmarks/run.py --methods spo clip_cov+spo --tasks sums
+python benchmarks/run.py --table            # benchmarks/results/runs.md from the rows that there are
+```
+
+A row is one training: a task, a method, a learning rate, a seed. It is written to `benchmarks/results/runs/` when it
+is finished, so stopping loses at most one, and rows that are there are not run again. Learning rates are chosen for
+each method alike, plain GRPO included: a small grid on seeds of its own and one task, by the mean held-out accuracy at
+the end; everything else is the method's default. Methods that act only off-policy go over each generation twice, and
+are compared with a GRPO that does so, too (`grpo x2`).
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from trl_ext import MethodConfig, MethodTrainer, mix
+from trl_ext.core.mixing import find_method, list_methods
+from trl_ext.evaluation import student_quantile
+from trl_ext.tasks import POLICY_PATH, load_data
+
+
+RESULTS = Path(__file__).parent / "results"
+GRID, TUNING_SEEDS, SEEDS = (1e-4, 2e-4, 4e-4), (100, 101), (0, 1, 2, 3, 4)
+BUDGET, POINTS, EVAL_PROMPTS, EVAL_SAMPLES = 25_600, 10, 200, 4
+# Name of the data, and settings of the task; each with what the policy solves at the start.
+TASKS = {
+    "sums": ("arithmetic", None),
+    "chain_sum": ("reasoning_gym:chain_sum", {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}),
+}
+SETTINGS = {
+    "spo": {"spo_offline_n": 2},  # of 4,500 prompts; the code's 8 would cost more rollouts than the training
+    "gvm": {"gvm_grad_params": None},
+    "vas": {"vas_scoring": "online"},
+    "rest_grpo": {"rest_on_empty": "unfiltered"},
+}
+# These tasks cannot show what the method does.
+LEFT_OUT = {
+    "duration_aware": "needs durations of rollouts",
+    "empg": "needs several turns",
+    "gdpo_nvidia": "needs several rewards",
+    "kdrl": "needs a better teacher of the same vocabulary",
+    "puct": "needs solutions that can be improved",
+    "scaf_grpo": "needs hints",
+    "stratified_grpo": "needs tool calls",
+    "ttt_discover": "is for the best answer, not for the mean",
+}
+
+
+class Row(NamedTuple):
+    """One training."""
+
+    task: str
+    name: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / "runs" / self.task / f"{self.name.replace(' ', '_')}_{self.learning_rate:g}_{self.seed}.json"
+
+
+class Curve(TrainerCallback):
+    """Held-out accuracy at equal numbers of rollouts, and the end at the budget."""
+
+    def __init__(self, trainer, dataset, budget: int, points: int):
+        self.trainer, self.dataset, self.budget, self.every = trainer, dataset, budget, budget / points
+        self.points, self.seconds = [], 0.0
+
+    def _measure(self, state) -> None:
+        start = time.perf_counter()
+        rows = torch.arange(len(self.dataset))
+        rewards = self.trainer.score_prompts(rows, EVAL_SAMPLES, dataset=self.dataset, seed=len(self.points))
+        self.points.append([self.trainer.rollouts_spent, rewards[..., 0].nanmean().item()])
+        self.seconds += time.perf_counter() - start
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._measure(state)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        spent = self.trainer.rollouts_spent
+        if self.trainer._inside_generation:
+            return
+        if spent >= self.every * len(self.points) or spent >= self.budget:
+            self._measure(state)
+        control.should_training_stop = spent >= self.budget
+
+
+def classes(name: str):
+    if name.split()[0] == "grpo":
+        return MethodTrainer, MethodConfig
+    return mix(*name.split("+"))
+
+
+def iterations(name: str) -> int:
+    """How often a generation is gone over."""
+    parts = [] if name.startswith("grpo") else name.split("+")
+    return 2 if name.endswith(" x2") or any(find_method(part).needs_off_policy for part in parts) else 1
+
+
+def baseline_of(name: str) -> str:
+    return "grpo x2" if iterations(name) == 2 else "grpo"
+
+
+def train(row: Row, budget: int = BUDGET, points: int = POINTS, batch: int = 64, prompts: int = EVAL_PROMPTS) -> dict:
+    """
+    Run a row.
+
+    Args:
+        row ([`Row`]):
+            What to run.
+        budget (`int`), points (`int`), batch (`int`), prompts (`int`):
+            Rollouts, evaluations after the first, rollouts per step, and held-out prompts.
+
+    Returns:
+        `dict`: what is kept of it.
+    """
+    dataset, task_config = TASKS[row.task]
+    task = load_data(dataset, seed=row.seed, task_config=task_config)
+    held_out = task.test.select(range(min(prompts, len(task.test))))
+    trainer_class, config_class = classes(row.name)
+    settings = {}
+    for part in row.name.split("+"):
+        settings |= SETTINGS.get(part, {})
+    again = iterations(row.name)
+    with tempfile.TemporaryDirectory() as folder:
+        args = config_class(
+            folder,
+            per_device_train_batch_size=batch,
+            max_completion_length=8,
+            learning_rate=row.learning_rate,
+            lr_scheduler_type="constant",
+            num_iterations=again,
+            max_steps=again * -(-budget // batch),
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            seed=row.seed,
+            **settings,
+        )
+        trainer = trainer_class(POLICY_PATH, task.rewards, args, task.train)
+        trainer.remove_callback(PrinterCallback)
+        curve = Curve(trainer, held_out, budget, points)
+        trainer.add_callback(curve)
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start - curve.seconds
+    logs = trainer.state.log_history
+
+    def mean(name, part=slice(None)):
+        values = [entry[name] for entry in logs if entry.get(name) is not None][part]
+        return statistics.fmean(values) if values else None
+
+    return {
+        **row._asdict(),
+        "budget": budget,
+        "curve": curve.points,
+        "steps": trainer.state.global_step,
+        "entropy": mean("entropy", slice(-10, None)),
+        "no_signal": mean("frac_reward_zero_std"),
+        "tokens": mean("num_tokens", slice(-1, None)),
+        "seconds": seconds,
+        "total_seconds": seconds + curve.seconds,
+        "versions": {name: version(name) for name in ("trl-ext", "trl", "transformers", "torch")},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+    }
+
+
+def read(row: Row) -> dict | None:
+    return json.loads(row.path.read_text()) if row.path.is_file() else None
+
+
+def final(result: dict) -> float:
+    return result["curve"][-1][1]
+
+
+def best_rate(name: str, tuned_on: str) -> float | None:
+    """The learning rate with the best mean at the end; None before all rows of the grid are there."""
+    scores = {}
+    for rate in GRID:
+        found = [read(Row(tuned_on, name, rate, seed)) for seed in TUNING_SEEDS]
+        if None in found:
+            return None
+        scores[rate] = statistics.fmean(map(final, found))
+    return max(scores, key=scores.get)
+
+
+def next_rows(names: list[str], tasks: list[str], seeds=SEEDS):
+    """Rows in the order in which they are wanted: of every method the grid, then its seeds, the baselines first."""
+    names = list(dict.fromkeys([*map(baseline_of, names), *names]))
+    for name in names:
+        for rate in GRID:
+            yield from (Row(tasks[0], name, rate, seed) for seed in TUNING_SEEDS)
+        if (rate := best_rate(name, tasks[0])) is not None:
+            for task in tasks:
+                yield from (Row(task, name, rate, seed) for seed in seeds)
+
+
+def interval(values: list[float]) -> str:
+    """Mean with the half width of its 95% interval over seeds (Student's t)."""
+    if len(values) < 2:
+        return f"{statistics.fmean(values):.3f}" if values else "-"
+    width = student_quantile(0.95, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.fmean(values):.3f} ± {width:.3f}"
+
+
+def rollouts_to(curve: np.ndarray, goal: float) -> float | None:
+    """Rollouts after which a mean curve, shape `(points, 2)`, first reaches a value; None if it does not."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
+        if y0 >= goal:
+            return float(x0)
+        if y1 >= goal:
+            return float(x0 + (x1 - x0) * (goal - y0) / (y1 - y0))
+    return None
+
+
+def mean_curve(results: list[dict]) -> np.ndarray:
+    """Mean over seeds, at the rollouts of the shortest."""
+    points = min(len(result["curve"]) for result in results)
+    return np.mean([result["curve"][:points] for result in results], axis=0)
+
+
+def area(result: dict) -> float:
+    """Mean accuracy over the rollouts spent."""
+    x, y = np.array(result["curve"]).T
+    return float(np.trapezoid(y, x) / (x[-1] - x[0]))
+
+
+def table(tasks: list[str]) -> str:
+    """The rows that there are, as Markdown."""
+    lines = ["# Methods against plain GRPO at equal rollouts", "", "Written by `benchmarks/run.py --table`.", ""]
+    for task in tasks:
+        found: dict[str, list[dict]] = {}
+        for path in sorted((RESULTS / "runs" / task).glob("*.json")):
+            result = json.loads(path.read_text())
+            rate = best_rate(result["name"], tasks[0])
+            if result["seed"] in SEEDS and result["learning_rate"] == rate:
+                found.setdefault(result["name"], []).append(result)
+        lines += [f"## {task}", ""]
+        lines += ["| method | seeds | learning rate | accuracy at the end | gain on GRPO | mean over rollouts |", ""]
+        lines[-2] = lines[-2] + " rollouts to GRPO's end | entropy | groups without a signal | tokens |"
+        lines[-1] = "|---" * 10 + "|"
+        for name in sorted(found, key=lambda name: -statistics.fmean(map(final, found[name]))):
+            results, base = found[name], found.get(baseline_of(name), [])
+            by_seed = {result["seed"]: final(result) for result in base}
+            gains = [final(r) - by_seed[r["seed"]] for r in results if r["seed"] in by_seed]
+            reached = rollouts_to(mean_curve(results), mean_curve(base)[-1, 1]) if base else None
+            spent = mean_curve(base)[-1, 0] if base else 1
+            lines.append(
+                f"| {name} | {len(results)} | {results[0]['learning_rate']:g} | {interval([*map(final, results)])} | "
+                f"{interval(gains) if name != baseline_of(name) else '-'} | {interval([*map(area, results)])} | "
+                f"{'not reached' if reached is None else f'{reached / spent:.2f}'} | "
+                f"{_mean(results, 'entropy')} | {_mean(results, 'no_signal')} | {_mean(results, 'tokens', '.0f')} |"
+            )
+        lines.append("")
+    lines += ["Left out: " + "; ".join(f"`{name}` {reason}" for name, reason in LEFT_OUT.items()) + ".", ""]
+    return "\n".join(lines)
+
+
+def _mean(results: list[dict], name: str, form: str = ".3f") -> str:
+    values = [result[name] for result in results if result[name] is not None]
+    return format(statistics.fmean(values), form) if values else "-"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--methods", nargs="*", help="names as in trl_ext.mix, 'a+b' is a mix; default: all")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--hours", type=float, default=math.inf, help="start no row after so many hours")
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    names = options.methods or [name for name in list_methods() if name not in LEFT_OUT]
+    start, seen = time.perf_counter(), set()
+    while not options.table:
+        # Anew after every row: the grid decides which come next.
+        left = [row for row in next_rows(names, options.tasks) if read(row) is None and row not in seen]
+        if not left or time.perf_counter() - start > 3600 * options.hours:
+            break
+        times = [json.loads(p.read_text())["total_seconds"] for p in (RESULTS / "runs").glob("*/*.json")]
+        if not seen and times:
+            ahead = len(set(map(baseline_of, names)) | set(names)) * (
+                len(GRID) * len(TUNING_SEEDS) + len(SEEDS) * len(options.tasks)
+            )
+            print(f"at most {ahead} rows, {statistics.median(times) * ahead / 3600:.1f} hours", file=sys.stderr)
+        row = left[0]
+        seen.add(row)
+        result = train(row)
+        row.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = row.path.with_suffix(".partial")
+        partial.write_text(json.dumps(result) + "\n")
+        os.replace(partial, row.path)
+        print(f"{row.task} {row.name} {row.learning_rate:g} seed {row.seed}: {final(result):.3f}", file=sys.stderr)
+    (RESULTS / "runs.md").write_text(table(options.tasks), encoding="utf-8")
+    print(table(options.tasks))
+
+
+if __name__ == "__main__":
+    main()
