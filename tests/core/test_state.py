@@ -1,5 +1,6 @@
 """A run that is stopped and resumed continues as if it had not been stopped."""
 
+import json
 import os
 import shutil
 import signal
@@ -134,6 +135,18 @@ def test_a_run_that_was_killed_while_saving_goes_on(moment, tmp_path):
     whole = train(SPOTrainer, out=tmp_path / "whole", **settings | {"save_strategy": "no"})
     assert resumed.state.global_step == 6 and difference(resumed, whole) == 0.0
     assert repr(resumed.method_state()) == repr(whole.method_state())
+
+
+@pytest.mark.slow
+def test_two_processes_resume_from_the_same_checkpoint(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    command += ["--rdzv_endpoint=localhost:0", str(Path(__file__).with_name("resume_worker.py")), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for process in range(2):
+        result = json.loads((tmp_path / f"result_{process}.json").read_text())
+        assert (result["processes"], result["gap"]) == (2, 0.0)
+        assert len(result["said"]) == 1 and "checkpoint-3; passed over" in result["said"][0]
 
 
 def test_rotation_spares_the_last_complete_checkpoint(tmp_path, monkeypatch):
