@@ -93,7 +93,7 @@ def test_equal_rates_and_single_rollouts():
 
 
 def test_the_fit_minimises_the_gradients_variance():
-    """V of the card for p ~ Beta(3, 1): 0.150000 unnormalised, 0.154213 as GRPO, 0.099626 fitted."""
+    """V for p ~ Beta(3, 1): 0.150000 unnormalised, 0.154213 as GRPO, 0.099626 fitted."""
 
     def b(x, y):
         x, y = torch.tensor(x).double(), torch.tensor(y).double()
