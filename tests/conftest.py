@@ -28,6 +28,14 @@ def in_tmp_dir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """Path of a model of the embedded policy's vocabulary with other weights."""
+    from harness import make_teacher
+
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "model")
+
+
 def pytest_addoption(parser):
     parser.addoption("--properties", help="file to which to add what holds for which method, as JSON")
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import shutil
+import subprocess
+import sys
 
 import datasets
 import torch
@@ -39,6 +41,14 @@ SETTINGS = {
     "disable_tqdm": True,
     "seed": 3,
 }
+
+
+def launch(worker, processes: int, *arguments, timeout: int = 300) -> None:
+    """Run a script in several processes (gloo) and wait for them."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(worker), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
 
 
 def parity_reward(completions, **kwargs):

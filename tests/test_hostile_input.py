@@ -21,7 +21,6 @@ from harness import (
     arithmetic,
     build,
     difference,
-    make_teacher,
     parameters,
     scripted,
     sparse_reward,
@@ -46,11 +45,6 @@ STATEFUL = [
     pytest.param(name, marks=() if name in ("dynamic_sampling", "spo") else pytest.mark.slow)
     for name in ("dynamic_sampling", "knapsack_rl", "one_shot_rlvr", "spo", "vade")
 ]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return make_teacher(tmp_path_factory.mktemp("teacher") / "model")
 
 
 def returning(change):

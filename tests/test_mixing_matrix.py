@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from harness import difference, make_teacher, parameters, train_mix
+from harness import difference, parameters, train_mix
 
 from trl_ext import MixingError, mix
 from trl_ext.core.mixing import list_methods
@@ -14,11 +14,6 @@ from trl_ext.core.mixing import list_methods
 METHODS = list_methods()
 PAIRS = list(itertools.combinations(METHODS, 2))
 README = Path(__file__).parents[1] / "README.md"
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return make_teacher(tmp_path_factory.mktemp("teacher") / "model")
 
 
 @pytest.fixture(scope="module")

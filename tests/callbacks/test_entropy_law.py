@@ -1,14 +1,12 @@
 import json
 import math
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from harness import arithmetic, build, difference
+from harness import arithmetic, build, difference, launch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
@@ -519,9 +517,6 @@ def test_trackers_get_the_metrics(tmp_path):
 @pytest.mark.slow
 def test_two_processes_stop_together(tmp_path):
     worker = Path(__file__).with_name("entropy_law_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(worker), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
+    launch(worker, 2, tmp_path)
     results = [json.loads((tmp_path / f"result_{i}.json").read_text()) for i in range(2)]
     assert results == [{"step": 4, "warnings": 1}, {"step": 4, "warnings": 0}]

@@ -1,7 +1,5 @@
 import json
 import math
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -9,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from harness import arithmetic, build, difference, exact_match, parity_reward, scripted
+from harness import arithmetic, build, difference, exact_match, launch, parity_reward, scripted
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -474,10 +472,7 @@ def test_two_processes_agree(tmp_path):
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
-        command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(worker), str(folder)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert result.returncode == 0, result.stderr[-4000:]
+        launch(worker, processes, folder)
         results[processes] = [json.loads((folder / f"result_{i}.json").read_text()) for i in range(processes)]
         assert lines(folder) == results[processes][0]["lines"]
     first, second = results[2]

@@ -1,13 +1,11 @@
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from harness import build, difference, parameters
+from harness import build, difference, launch, parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
@@ -559,10 +557,7 @@ def test_masks_that_cannot_be(tmp_path):
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     worker = Path(__file__).with_name("update_sparsity_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(worker), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
+    launch(worker, 2, tmp_path)
     first, second = (json.loads((tmp_path / f"result_{i}.json").read_text()) for i in range(2))
     assert first == second  # hash of the weights, log
     assert first["log"][0]["step"] == 2

@@ -1,25 +1,17 @@
 """One, two and four processes (gloo) give the same prompts, advantages, states and parameters."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from distributed_worker import CASES
+from harness import launch
 
 from trl_ext.core.mixing import list_methods
 
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one worker, since all tests share the launches
 WORKER = Path(__file__).with_name("distributed_worker.py")
-
-
-def launch(folder, processes, names=()):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(WORKER), str(folder), *names]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
 
 
 # One case for every part of the core, and for what is hardest to get right; the others are slow tests.
@@ -47,7 +39,7 @@ def results(tmp_path_factory):
         quick = name in QUICK
         if (quick, processes) not in launched:
             launched.add((quick, processes))
-            launch(folder, processes, [name for name in CASES if (name in QUICK) == quick])
+            launch(WORKER, processes, folder, *(name for name in CASES if (name in QUICK) == quick), timeout=900)
         files = [folder / f"{name}_{processes}_{process}.pt" for process in range(processes)]
         return [torch.load(file, weights_only=True) for file in files]
 

@@ -13,7 +13,7 @@ import killed_worker
 import pytest
 import torch
 from datasets import load_dataset
-from harness import arithmetic, difference, train
+from harness import arithmetic, difference, launch, train
 
 from trl_ext import MethodTrainer, SPOTrainer, mix
 from trl_ext.core.state import MARKER, PROMPTS, missing_part, newest_complete
@@ -139,10 +139,7 @@ def test_a_run_that_was_killed_while_saving_goes_on(moment, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_resume_from_the_same_checkpoint(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
-    command += ["--rdzv_endpoint=localhost:0", str(Path(__file__).with_name("resume_worker.py")), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(Path(__file__).with_name("resume_worker.py"), 2, tmp_path)
     for process in range(2):
         result = json.loads((tmp_path / f"result_{process}.json").read_text())
         assert (result["processes"], result["gap"]) == (2, 0.0)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import arithmetic, build, make_teacher, parameters, train_mix
-from launching import launch
+from harness import arithmetic, build, launch, parameters, train_mix
 from peft import LoraConfig
 from watched import Watched
 
@@ -76,11 +75,6 @@ def test_methods_train_on_the_engine(engine, names, lora):
     if "scaf_grpo" in names:
         assert all(rollouts.changed_prompt.any() for rollouts in watched.rollouts)
     assert trainer.rollouts_spent == sum(len(call.prompts) for call in watched.calls)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return make_teacher(tmp_path_factory.mktemp("teacher") / "model")
 
 
 @pytest.mark.shows("vLLM")

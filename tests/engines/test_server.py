@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import build
-from launching import launch
+from harness import build, launch
 from watched import Watched
 
 from trl_ext import MethodConfig, MethodTrainer

@@ -5,7 +5,7 @@ training runs of every method (LoRA, other splits of the batch, no signal at all
 
 import pytest
 import torch
-from harness import arithmetic, difference, make_teacher, parameters, scripted, sparse_reward, train, train_mix
+from harness import arithmetic, difference, parameters, scripted, sparse_reward, train, train_mix
 from peft import LoraConfig
 
 from trl_ext import MethodTrainer, mix
@@ -22,11 +22,6 @@ def each(names):
     return pytest.mark.parametrize(
         "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"battery-{name}")) for name in names]
     )
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return make_teacher(tmp_path_factory.mktemp("teacher") / "model")
 
 
 @pytest.fixture(scope="module")

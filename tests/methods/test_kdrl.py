@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 import torch
-from harness import POLICY_PATH, build, difference, make_teacher, train
+from harness import POLICY_PATH, build, difference, train
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -67,11 +67,6 @@ def test_extreme_teachers():
     empty = kd_loss(logps, teacher, torch.zeros(1, 2), torch.tensor([True]))
     empty.backward()
     assert empty == 0 and (logps.grad == 0).all()
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return make_teacher(tmp_path_factory.mktemp("teacher") / "model")
 
 
 def test_in_a_run(teacher):

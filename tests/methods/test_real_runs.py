@@ -5,7 +5,7 @@ KL term, stops, tools, and images. All are slow tests; docs/properties.md has th
 
 import pytest
 import torch
-from harness import difference, make_teacher, make_vision_model, parameters, partly_external, train_mix
+from harness import difference, make_vision_model, parameters, partly_external, train_mix
 from peft import LoraConfig, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
@@ -19,11 +19,6 @@ each = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"real-{name}")) for name in METHODS]
 )
 LORA = LoraConfig(target_modules=["q_proj", "v_proj"])
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return make_teacher(tmp_path_factory.mktemp("teacher") / "model")
 
 
 @pytest.fixture(scope="module")
