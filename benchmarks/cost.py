@@ -134,11 +134,28 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def memory_of_one(name):
-    """Peak of live tensor bytes in the forward and backward passes of one step, beyond the model itself."""
+def scripted(name, folder, vocabulary=32_768, length=512, batch=8, base=None):
+    """
+    A method's trainer over a random model, with completions that are given: nothing is generated.
+
+    Args:
+        name (`str`):
+            As in [`classes`].
+        folder (`str`):
+            Where the model is put.
+        vocabulary (`int`), length (`int`), batch (`int`):
+            Sizes: of the head, tokens per completion, and rollouts per step.
+        base (`Callable`, *optional*):
+            Derives the trainer class to use from the method's.
+
+    Returns:
+        `GRPOTrainer`: for two steps on one generation.
+    """
+    from transformers import AutoTokenizer
+
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=32_768,
+        vocab_size=vocabulary,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=4,
@@ -147,23 +164,51 @@ def memory_of_one(name):
         max_position_embeddings=1024,
         tie_word_embeddings=True,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        from transformers import AutoTokenizer
+    AutoTokenizer.from_pretrained(POLICY_PATH).save_pretrained(folder)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
 
-        AutoTokenizer.from_pretrained(POLICY_PATH).save_pretrained(folder)
-        Qwen2ForCausalLM(config).save_pretrained(folder)
-        SETTINGS["kdrl"] = {"kd_teacher": folder}
+    def answers(prompts, trainer):
+        ids = trainer.processing_class(list(prompts))["input_ids"]
+        generator = torch.Generator().manual_seed(0)
+        completions = [torch.randint(10, 200, (length,), generator=generator).tolist() for _ in ids]
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
 
-        def long(prompts, trainer):
-            ids = trainer.processing_class(list(prompts))["input_ids"]
-            generator = torch.Generator().manual_seed(0)
-            completions = [torch.randint(10, 200, (512,), generator=generator).tolist() for _ in ids]
-            return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+    trainer_class, config_class = classes(name)
+    used = trainer_class if base is None else base(trainer_class)
+    used.__name__ = trainer_class.__name__
+    settings = SETTINGS.get(name, {}) | ({"kd_teacher": folder} if name == "kdrl" else {})
+    args = config_class(
+        folder,
+        per_device_train_batch_size=batch,
+        num_generations=4,
+        max_completion_length=length,
+        max_steps=2,
+        num_iterations=2,
+        **QUIET,
+        **settings,
+    )
+    data = Dataset.from_list(list(arithmetic().select(range(16)))).add_column("solution", [HINTS] * 16)
+    data = data.add_column("duration", [1.0] * 16)
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    trainer = used(
+        folder,
+        lambda completions, **kw: [float(i % 2) for i in range(len(completions))],
+        args,
+        data,
+        rollout_func=answers,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
-        trainer_class, _ = classes(name)
-        peaks = []
 
+def memory_of_one(name):
+    """Peak of live tensor bytes in the forward and backward passes of one step, beyond the model itself."""
+    peaks = []
+
+    def measured(trainer_class):
         class Measured(trainer_class):
+            config_class = getattr(trainer_class, "config_class", None)
+
             def training_step(self, model, inputs, num_items_in_batch=None):
                 if self._buffered_inputs is None:
                     model.train()
@@ -174,27 +219,10 @@ def memory_of_one(name):
                 peaks.append(mode.peak)
                 return loss
 
-        Measured.__name__ = trainer_class.__name__
-        if trainer_class is not GRPOTrainer:
-            Measured.config_class = trainer_class.config_class
-        args = classes(name)[1](
-            folder,
-            per_device_train_batch_size=8,
-            num_generations=4,
-            max_completion_length=512,
-            max_steps=2,
-            num_iterations=2,
-            **QUIET,
-            **SETTINGS.get(name, {}),
-        )
-        data = Dataset.from_list(list(arithmetic().select(range(16)))).add_column("solution", [HINTS] * 16)
-        data = data.add_column("duration", [1.0] * 16)
-        os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-        trainer = Measured(
-            folder, lambda completions, **kw: [float(i % 2) for i in range(8)], args, data, rollout_func=long
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        return Measured
+
+    with tempfile.TemporaryDirectory() as folder:
+        scripted(name, folder, base=measured).train()
     return max(peaks)
 
 

@@ -10,9 +10,9 @@ python benchmarks/run.py --table            # benchmarks/results/runs.md from th
 
 A row is one training: a task, a method, a learning rate, a seed. It is written to `benchmarks/results/runs/` when it
 is finished, so stopping loses at most one, and rows that are there are not run again. Learning rates are chosen for
-each method alike, plain GRPO included: a small grid on seeds of its own and one task, by the mean held-out accuracy at
-the end; everything else is the method's default. Methods that act only off-policy go over each generation twice, and
-are compared with a GRPO that does so, too (`grpo x2`).
+each method alike, plain GRPO included: a small grid on seeds of its own and one task, by the mean held-out accuracy in
+the second half; everything else is the method's default. Methods that act only off-policy go over each generation
+twice, and are compared with a GRPO that does so, too (`grpo x2`).
 """
 
 import argparse
@@ -38,16 +38,27 @@ from trl_ext import MethodConfig, MethodTrainer, mix
 from trl_ext.core.mixing import find_method, list_methods
 from trl_ext.evaluation import student_quantile
 from trl_ext.tasks import POLICY_PATH, load_data
+from trl_ext.tasks.embedded import CHAIN_SUM_CONFIG
 
 
 RESULTS = Path(__file__).parent / "results"
-GRID, TUNING_SEEDS, SEEDS = (1e-4, 2e-4, 4e-4), (100, 101), (0, 1, 2, 3, 4)
-BUDGET, POINTS, EVAL_PROMPTS, EVAL_SAMPLES = 25_600, 10, 200, 4
-# Name of the data, and settings of the task; each with what the policy solves at the start.
+GRID, TUNING_SEEDS, SEEDS = (2.5e-5, 5e-5, 1e-4), (100, 101), (0, 1, 2, 3, 4)
+BUDGET, POINTS, EVAL_PROMPTS, EVAL_SAMPLES, FINAL_SAMPLES = 12_800, 8, 200, 4, 12
+TRAIN_PROMPTS = 512  # GRPO sees each three times: methods that remember prompts need to meet them again
+# Name of the data, and settings of the task; beside them, what the policy solves at the start.
 TASKS = {
-    "sums": ("arithmetic", None),
-    "chain_sum": ("reasoning_gym:chain_sum", {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}),
+    "sums": ("arithmetic", None),  # 0.35
+    "chain_sum": ("reasoning_gym:chain_sum", CHAIN_SUM_CONFIG),  # 0.19
+    "basic_arithmetic": (  # 0.03: questions in words that it has never seen
+        "reasoning_gym:basic_arithmetic",
+        {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+    ),
+    "sparse": (  # 0.02, and 89% of the prompts are never solved in eight attempts
+        "reasoning_gym:chain_sum",
+        {"min_terms": 3, "max_terms": 3, "min_digits": 2, "max_digits": 2},
+    ),
 }
+ALL_ON = ("sums", "chain_sum")  # the other tasks are for the best methods
 SETTINGS = {
     "spo": {"spo_offline_n": 2},  # of 4,500 prompts; the code's 8 would cost more rollouts than the training
     "gvm": {"gvm_grad_params": None},
@@ -87,23 +98,23 @@ class Curve(TrainerCallback):
         self.trainer, self.dataset, self.budget, self.every = trainer, dataset, budget, budget / points
         self.points, self.seconds = [], 0.0
 
-    def _measure(self, state) -> None:
+    def _measure(self, samples: int = EVAL_SAMPLES) -> None:
         start = time.perf_counter()
         rows = torch.arange(len(self.dataset))
-        rewards = self.trainer.score_prompts(rows, EVAL_SAMPLES, dataset=self.dataset, seed=len(self.points))
+        rewards = self.trainer.score_prompts(rows, samples, dataset=self.dataset, seed=len(self.points))
         self.points.append([self.trainer.rollouts_spent, rewards[..., 0].nanmean().item()])
         self.seconds += time.perf_counter() - start
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._measure(state)
+        self._measure()
 
     def on_step_end(self, args, state, control, **kwargs):
         spent = self.trainer.rollouts_spent
         if self.trainer._inside_generation:
             return
-        if spent >= self.every * len(self.points) or spent >= self.budget:
-            self._measure(state)
         control.should_training_stop = spent >= self.budget
+        if spent >= self.every * len(self.points) or spent >= self.budget:
+            self._measure(FINAL_SAMPLES if spent >= self.budget else EVAL_SAMPLES)
 
 
 def classes(name: str):
@@ -136,7 +147,7 @@ def train(row: Row, budget: int = BUDGET, points: int = POINTS, batch: int = 64,
         `dict`: what is kept of it.
     """
     dataset, task_config = TASKS[row.task]
-    task = load_data(dataset, seed=row.seed, task_config=task_config)
+    task = load_data(dataset, size=TRAIN_PROMPTS, seed=row.seed, task_config=task_config)
     held_out = task.test.select(range(min(prompts, len(task.test))))
     trainer_class, config_class = classes(row.name)
     settings = {}
@@ -198,14 +209,19 @@ def final(result: dict) -> float:
     return result["curve"][-1][1]
 
 
+def late(result: dict) -> float:
+    """Mean accuracy of the curve's second half, which scatters less than its end."""
+    return statistics.fmean(y for x, y in result["curve"] if 2 * x >= result["budget"])
+
+
 def best_rate(name: str, tuned_on: str) -> float | None:
-    """The learning rate with the best mean at the end; None before all rows of the grid are there."""
+    """The learning rate that is best in the second half; None before all rows of the grid are there."""
     scores = {}
     for rate in GRID:
         found = [read(Row(tuned_on, name, rate, seed)) for seed in TUNING_SEEDS]
         if None in found:
             return None
-        scores[rate] = statistics.fmean(map(final, found))
+        scores[rate] = statistics.fmean(map(late, found))
     return max(scores, key=scores.get)
 
 
@@ -228,20 +244,47 @@ def interval(values: list[float]) -> str:
     return f"{statistics.fmean(values):.3f} ± {width:.3f}"
 
 
-def rollouts_to(curve: np.ndarray, goal: float) -> float | None:
-    """Rollouts after which a mean curve, shape `(points, 2)`, first reaches a value; None if it does not."""
+def rollouts_to(curve: np.ndarray, goal: float) -> float:
+    """Rollouts after which a curve, shape `(points, 2)`, first reaches a value; infinite if it does not."""
+    if curve[0, 1] >= goal:
+        return float(curve[0, 0])
     for (x0, y0), (x1, y1) in itertools.pairwise(curve):
-        if y0 >= goal:
-            return float(x0)
         if y1 >= goal:
             return float(x0 + (x1 - x0) * (goal - y0) / (y1 - y0))
-    return None
+    return math.inf
 
 
-def mean_curve(results: list[dict]) -> np.ndarray:
-    """Mean over seeds, at the rollouts of the shortest."""
+def curves(results: list[dict]) -> np.ndarray:
+    """Curves, shape `(seeds, points, 2)`, up to the rollouts of the shortest."""
     points = min(len(result["curve"]) for result in results)
-    return np.mean([result["curve"][:points] for result in results], axis=0)
+    return np.array([result["curve"][:points] for result in results])
+
+
+def share_needed(results: list[dict], base: list[dict], draws: int = 2000) -> tuple[float, float, float]:
+    """
+    Rollouts that a method needs to reach the baseline's accuracy at the end, over those of the baseline.
+
+    Args:
+        results (`list[dict]`), base (`list[dict]`):
+            Rows of the method and of the baseline; those whose seeds both have count.
+        draws (`int`, *optional*, defaults to `2000`):
+            Draws of seeds with replacement, together for both, that the interval is taken from.
+
+    Returns:
+        `tuple[float, float, float]`: of the mean curves, and the ends of its 95% interval; infinite where the accuracy
+        is not reached. Mean curves scatter too, so that the baseline reaches its own end a little before it.
+    """
+    seeds = sorted({r["seed"] for r in results} & {r["seed"] for r in base})
+    mine, theirs = (curves([next(r for r in rows if r["seed"] == seed) for seed in seeds]) for rows in (results, base))
+
+    def share(chosen):
+        end = theirs[chosen].mean(0)[-1]
+        return rollouts_to(mine[chosen].mean(0), end[1]) / end[0]
+
+    generator = np.random.default_rng(0)
+    drawn = [share(generator.integers(len(seeds), size=len(seeds))) for _ in range(draws)]
+    low, high = np.quantile(drawn, (0.025, 0.975), method="nearest")
+    return share(np.arange(len(seeds))), float(low), float(high)
 
 
 def area(result: dict) -> float:
@@ -250,32 +293,71 @@ def area(result: dict) -> float:
     return float(np.trapezoid(y, x) / (x[-1] - x[0]))
 
 
+def rows_of(task: str, tuned_on: str) -> dict[str, list[dict]]:
+    """Rows of a task by method, at the learning rate that was chosen."""
+    found: dict[str, list[dict]] = {}
+    for path in sorted((RESULTS / "runs" / task).glob("*.json")):
+        result = json.loads(path.read_text())
+        if result["seed"] in SEEDS and result["learning_rate"] == best_rate(result["name"], tuned_on):
+            found.setdefault(result["name"], []).append(result)
+    return found
+
+
+def costs(kind: str) -> dict[str, float]:
+    """Step time or memory over plain TRL's by method, as benchmarks/cost.py found them."""
+    path = RESULTS / f"{kind}.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else {}
+    return {name: row["median" if kind == "time" else "ratio"] for name, row in rows.items()}
+
+
+def needed(value: float) -> str:
+    return "not reached" if math.isinf(value) else f"{value:.2f}"
+
+
+COLUMNS = (
+    "method",
+    "seeds",
+    "learning rate",
+    "accuracy at the end",
+    "gain on GRPO",
+    "mean over rollouts",
+    "rollouts to GRPO's end",
+    "entropy",
+    "groups without a signal",
+    "tokens",
+    "step time",
+    "memory",
+)
+
+
 def table(tasks: list[str]) -> str:
     """The rows that there are, as Markdown."""
     lines = ["# Methods against plain GRPO at equal rollouts", "", "Written by `benchmarks/run.py --table`.", ""]
+    time_of, memory_of = costs("time"), costs("memory")
     for task in tasks:
-        found: dict[str, list[dict]] = {}
-        for path in sorted((RESULTS / "runs" / task).glob("*.json")):
-            result = json.loads(path.read_text())
-            rate = best_rate(result["name"], tasks[0])
-            if result["seed"] in SEEDS and result["learning_rate"] == rate:
-                found.setdefault(result["name"], []).append(result)
-        lines += [f"## {task}", ""]
-        lines += ["| method | seeds | learning rate | accuracy at the end | gain on GRPO | mean over rollouts |", ""]
-        lines[-2] = lines[-2] + " rollouts to GRPO's end | entropy | groups without a signal | tokens |"
-        lines[-1] = "|---" * 10 + "|"
+        if not (found := rows_of(task, tasks[0])):
+            continue
+        lines += [f"## {task}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
         for name in sorted(found, key=lambda name: -statistics.fmean(map(final, found[name]))):
             results, base = found[name], found.get(baseline_of(name), [])
             by_seed = {result["seed"]: final(result) for result in base}
             gains = [final(r) - by_seed[r["seed"]] for r in results if r["seed"] in by_seed]
-            reached = rollouts_to(mean_curve(results), mean_curve(base)[-1, 1]) if base else None
-            spent = mean_curve(base)[-1, 0] if base else 1
-            lines.append(
-                f"| {name} | {len(results)} | {results[0]['learning_rate']:g} | {interval([*map(final, results)])} | "
-                f"{interval(gains) if name != baseline_of(name) else '-'} | {interval([*map(area, results)])} | "
-                f"{'not reached' if reached is None else f'{reached / spent:.2f}'} | "
-                f"{_mean(results, 'entropy')} | {_mean(results, 'no_signal')} | {_mean(results, 'tokens', '.0f')} |"
-            )
+            share = "-"
+            if gains:
+                share, low, high = map(needed, share_needed(results, base))
+                share += f" ({low} to {high})"
+            cells = [
+                name,
+                len(results),
+                f"{results[0]['learning_rate']:g}",
+                interval([*map(final, results)]),
+                "-" if name == baseline_of(name) else interval(gains),
+                interval([*map(area, results)]),
+                share,
+                *(_mean(results, *what) for what in (("entropy",), ("no_signal",), ("tokens", ".0f"))),
+                *(f"{cost[name]:.2f}" if name in cost else "-" for cost in (time_of, memory_of)),
+            ]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines.append("")
     lines += ["Left out: " + "; ".join(f"`{name}` {reason}" for name, reason in LEFT_OUT.items()) + ".", ""]
     return "\n".join(lines)
@@ -289,7 +371,7 @@ def _mean(results: list[dict], name: str, form: str = ".3f") -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--methods", nargs="*", help="names as in trl_ext.mix, 'a+b' is a mix; default: all")
-    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="*", default=list(ALL_ON), choices=list(TASKS))
     parser.add_argument("--hours", type=float, default=math.inf, help="start no row after so many hours")
     parser.add_argument("--table", action="store_true", help="only write the table")
     options = parser.parse_args(argv)

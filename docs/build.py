@@ -326,48 +326,25 @@ def method_page(method: Method, pairs: dict[str, str], titles: dict[str, str], n
 # ------------------------------------------------------------------------------------------------ evidence
 
 
-class Number(NamedTuple):
-    value: float
-    spread: str
+def show(mean: float, spread: float, bar: bool) -> str:
+    meter = f'<meter value="{mean}"></meter>' if bar else ""
+    return f"{meter}{mean:,.6g} ± {spread:g}"
 
 
-def numbers(results, label: str = "") -> dict[str, Number]:
-    """Every number of a file of results by its label; pairs are mean and standard deviation."""
-    if isinstance(results, dict) and "mean" in results:
-        spread = results.get("std", results.get("range over seeds"))
-        text = " to ".join(f"{s:g}" for s in spread) if isinstance(spread, list) else f"± {spread:g}"
-        return {label: Number(results["mean"], text)}
-    if isinstance(results, dict):
-        found = {}
-        for key, value in results.items():
-            found |= numbers(value, f"{label}, {key}" if label else key)
-        return found
-    if isinstance(results, list):
-        return {label: Number(results[0], f"± {results[1]:g}")}
-    return {label: Number(results, "")}
-
-
-def show(number: Number | None, bar: bool) -> str:
-    if number is None:
-        return "-"
-    meter = f'<meter value="{number.value}"></meter>' if bar and 0 <= number.value <= 1 else ""
-    return f"{meter}{number.value:,.6g} {number.spread}".strip()
-
-
-def series(found: dict[str, Number]) -> dict[str, dict[str, dict[float, float]]]:
-    """Curves: what the number in a label counts -> label without it -> number -> value."""
+def series(numbers: dict[str, list[float]]) -> dict[str, dict[str, dict[float, float]]]:
+    """Curves: what the number in a label counts -> label without it -> number -> mean."""
     curves: dict[str, dict[str, dict[float, float]]] = {}
-    for label, number in found.items():
+    for label, (mean, _) in numbers.items():
         for match in re.finditer(r"(\w[\w ]*?)([ =])(\d+(?:\.\d+)?)(?=$|,)", label):
             name = (label[: match.start()] + label[match.end() :]).strip(", ")
-            curves.setdefault(match[1], {}).setdefault(name, {})[float(match[3])] = number.value
+            curves.setdefault(match[1], {}).setdefault(name, {})[float(match[3])] = mean
     curves = {x: {name: line for name, line in lines.items() if len(line) > 1} for x, lines in curves.items()}
     return {x: lines for x, lines in curves.items() if max(map(len, lines.values()), default=0) >= 3}
 
 
-def draw(found: dict[str, Number], path: Path) -> bool:
+def draw(numbers: dict[str, list[float]], path: Path) -> bool:
     """Draw what depends on a number; whether there was anything."""
-    if not (curves := series(found)):
+    if not (curves := series(numbers)):
         return False
     from matplotlib.figure import Figure
 
@@ -376,8 +353,8 @@ def draw(found: dict[str, Number], path: Path) -> bool:
         values = [value for line in lines.values() for value in line.values()]
         for label, line in lines.items():
             axes.plot(*zip(*sorted(line.items()), strict=True), marker="o", markersize=4, label=label)
-        for which, numbers_ in (("x", [x for line in lines.values() for x in line]), ("y", values)):
-            if min(numbers_) > 0 and max(numbers_) / min(numbers_) > 20:
+        for which, those in (("x", [x for line in lines.values() for x in line]), ("y", values)):
+            if min(those) > 0 and max(those) / min(those) > 20:
                 axes.set(**{f"{which}scale": "log"})
         axes.set(xlabel=x)
         axes.grid(alpha=0.3)
@@ -387,39 +364,41 @@ def draw(found: dict[str, Number], path: Path) -> bool:
     return True
 
 
-def results_of(slug: str) -> list[tuple[str, str, Path]]:
-    """Name, the script's docstring and the file of each record of a method's mechanism."""
-    folder, scripts = ROOT / "benchmarks/results", ROOT / "benchmarks/mechanisms"
-    found = []
-    for path in sorted(
-        [*folder.glob(f"{slug}.json"), *folder.glob(f"samplers_{slug}.json"), *folder.glob(f"samplers_{slug}_*.json")]
-    ):
-        script = scripts / (f"{slug}.py" if path.stem == slug else "samplers.py")
-        found.append((path.stem, ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or "", path))
-    return found
+def results_of(slug: str) -> dict[str, dict]:
+    """The records of a method's mechanism, which `benchmarks/mechanisms` makes, by the name of the file."""
+    paths = [ROOT / "benchmarks/results" / f"{name}.json" for name in (slug, f"samplers_{slug}")]
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()}
+
+
+def verdict(count: int, seeds: int) -> str:
+    """What to say of a claim that holds on so many seeds."""
+    if seeds == 1:  # nothing is drawn
+        return "shown" if count else "**not shown**"
+    if count == seeds:
+        return f"shown in {count} of {seeds} seeds"
+    return f"only in {count} of {seeds} seeds" if count else f"**not shown** (0 of {seeds} seeds)"
+
+
+def claims(record: dict) -> list[str]:
+    return [f"{references(text)}: {verdict(count, record['seeds'])}" for text, count in record["claims"].items()]
 
 
 def evidence(method: Method) -> list[str]:
     """What was measured: the mechanism, the cost, and what the tests find to hold."""
     lines = ["## Evidence", ""]
-    told = set()
-    for stem, text, path in results_of(method.slug):
-        if text not in told:
-            lines += [references(text), ""]
-            told.add(text)
-        found = numbers(json.loads(path.read_text(encoding="utf-8")))
-        other = path.with_name("samplers_uniform.json")
-        base = numbers(json.loads(other.read_text(encoding="utf-8"))) if stem.startswith("samplers_") else {}
-        if series(found):
+    for stem, record in results_of(method.slug).items():
+        name = "samplers" if stem.startswith("samplers_") else stem
+        script = ROOT / "benchmarks/mechanisms" / f"{name}.py"
+        lines += [references(ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""), ""]
+        lines += [f"In the paper: {references(record['paper'])}", "", *(f"- {claim}" for claim in claims(record)), ""]
+        if series(record["numbers"]):
             lines += [f"![What was measured]({stem}.svg)", ""]
-        lines += [
-            f"| `{stem}.json` | measured |" + " uniform sampling |" * bool(base),
-            "|---|---|" + "---|" * bool(base),
-        ]
-        bar = all(abs(number.value) <= 1 for number in found.values()) or bool(base)
-        for label, number in found.items():
-            lines.append(f"| {cell(label)} | {show(number, bar)} |" + f" {show(base.get(label), bar)} |" * bool(base))
-        lines += [""]
+        bar = all(0 <= mean <= 1 for mean, _ in record["numbers"].values())
+        table = [f"| `benchmarks/results/{stem}.json` | mean and standard deviation |", "|---|---|"]
+        table += [f"| {cell(label)} | {show(*number, bar)} |" for label, number in record["numbers"].items()]
+        if len(table) > 14:
+            table = ['??? note "All numbers"', "", *(f"    {row}" for row in table)]
+        lines += [*table, ""]
     if len(lines) == 2:
         lines += [
             "Its equations are tested against worked numbers, and a real run shows that the mechanism acts "
@@ -436,6 +415,29 @@ def evidence(method: Method) -> list[str]:
                 lines.append(f"- {title}: {'yes' if said == 'passed' else said}")
         lines += [""]
     return lines
+
+
+def evidence_page(found: list[Method]) -> str:
+    """What every method's argument rests on, and whether it showed."""
+    records = {method.slug: results_of(method.slug).values() for method in found}
+    shares = [n / record["seeds"] for some in records.values() for record in some for n in record["claims"].values()]
+    lines = ["---", "hide: [toc]", "---", "", "# Evidence", ""]
+    lines += [
+        "A method's argument rests on some statistic: more prompts with a signal, a gradient that varies less. "
+        "`benchmarks/mechanisms` measures it with the method's own functions, at a small scale; that the statistic "
+        "shows does not mean that benchmarks improve. A method's page has the numbers and the paper's figures.",
+        "",
+        f"{sum(map(bool, records.values()))} of {len(found)} methods have such a check. Of {len(shares)} claims "
+        f"{shares.count(1)} are shown in all seeds, {sum(0 < share < 1 for share in shares)} in some and "
+        f"{shares.count(0)} in none.",
+        "",
+        "| method | claims |",
+        "|---|---|",
+    ]
+    for method in found:
+        said = [cell(claim) for record in records[method.slug] for claim in claims(record)]
+        lines.append(f"| [{method.trainer._name}]({method.page}#evidence) | {'<br>'.join(said) or 'no check'} |")
+    return "\n".join(lines) + "\n"
 
 
 def cost(slug: str) -> list[str]:
@@ -581,6 +583,7 @@ def generate(folder: Path) -> list:
         "guide.md": guide_page(symptoms, found, pairs),
         "methods/index.md": methods_page(found, titles),
         **{m.page[1:]: method_page(m, pairs[m.slug], titles, names) for m in found},
+        "evidence.md": evidence_page(found),
         "running.md": "# Running\n\n" + relinked(part_of(readme, "## What to expect", "## Adding a paper"), links),
         "recipes.md": relinked(recipes, {}),
         "callbacks.md": classes_page("Callbacks and reports", CALLBACKS),
@@ -595,8 +598,8 @@ def generate(folder: Path) -> list:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     for method in found:
-        for stem, _, path in results_of(method.slug):
-            draw(numbers(json.loads(path.read_text(encoding="utf-8"))), folder / "methods" / f"{stem}.svg")
+        for stem, record in results_of(method.slug).items():
+            draw(record["numbers"], folder / "methods" / f"{stem}.svg")
     shutil.copy(HERE / "step.svg", folder / "step.svg")
     shutil.copytree(HERE / "theme", folder / "theme", dirs_exist_ok=True)
     running = [{"Running": "running.md"}, {"Recipes": "recipes.md"}, {"Callbacks": "callbacks.md"}]
@@ -606,6 +609,7 @@ def generate(folder: Path) -> list:
         {"Home": "index.md"},
         {"Which method": "guide.md"},
         {"Methods": [{"All methods": "methods/index.md"}, *({names[m.slug]: m.page[1:]} for m in found)]},
+        {"Evidence": "evidence.md"},
         {"Running": running},
         {"Extending": [{"Hooks": "hooks.md"}, {"Core": "core.md"}, {"Contributing": "contributing.md"}]},
     ]

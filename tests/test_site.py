@@ -125,7 +125,7 @@ def test_links_between_pages_resolve(site):
             page = path.lstrip("/") if path.startswith("/") or not path else str(Path(name).parent / path)
             assert (folder / (page or name)).is_file(), f"{name}: {target}"
             if anchor:
-                marks = (f"{{ #{anchor} }}", f'<a id="{anchor}">')
+                marks = (f"{{ #{anchor} }}", f'<a id="{anchor}">', f"\n## {anchor.capitalize()}\n")
                 assert any(mark in pages[page or name] for mark in marks), f"{name}: {target}"
             checked += 1
     assert checked > 300
@@ -236,31 +236,58 @@ def test_sentences_on_sources():
 # ------------------------------------------------------------------------------------------------ evidence
 
 
-def test_numbers_of_results():
-    found = docs.numbers(
-        {"a": [0.5, 0.1], "b": {"mean": 2, "std": 0.25}, "c": {"x": {"mean": 1, "range over seeds": [0.5, 2]}, "y": 3}}
-    )
-    assert found == {"a": (0.5, "± 0.1"), "b": (2, "± 0.25"), "c, x": (1, "0.5 to 2"), "c, y": (3, "")}
-    assert docs.show(found["a"], bar=True) == '<meter value="0.5"></meter>0.5 ± 0.1'
-    assert docs.show(found["b"], bar=True) == "2 ± 0.25" and docs.show(None, bar=True) == "-"
+@pytest.mark.parametrize(
+    ("count", "seeds", "said"),
+    [
+        (5, 5, "shown in 5 of 5 seeds"),
+        (2, 5, "only in 2 of 5 seeds"),
+        (0, 5, "**not shown** (0 of 5 seeds)"),
+        (1, 1, "shown"),
+        (0, 1, "**not shown**"),
+    ],
+)
+def test_verdicts(count, seeds, said):
+    assert docs.verdict(count, seeds) == said
 
 
 def test_curves_are_drawn_where_there_are_any(tmp_path):
-    found = {f"share, visit {visit}": docs.Number(visit / 10, "") for visit in (1, 2, 10)}
-    found |= {label: docs.Number(1.0, "") for label in ("other, first 50 steps", "single, visit 1")}
+    found = {f"share, visit {visit}": [visit / 10, 0.1] for visit in (1, 2, 10)}
+    found |= {label: [1.0, 0.1] for label in ("other, first 50 steps", "single, visit 1")}
     assert docs.series(found) == {"visit": {"share": {1.0: 0.1, 2.0: 0.2, 10.0: 1.0}}}
     assert docs.draw(found, tmp_path / "x.svg") and "<svg" in (tmp_path / "x.svg").read_text()
-    assert not docs.draw({"a": docs.Number(1.0, "")}, tmp_path / "y.svg") and not (tmp_path / "y.svg").exists()
+    assert not docs.draw({"a": [1.0, 0.1]}, tmp_path / "y.svg") and not (tmp_path / "y.svg").exists()
 
 
 def test_evidence_is_that_of_the_files(site):
     page = (site[0] / "methods/dcpo.md").read_text(encoding="utf-8")
-    results = json.loads((DOCS.parent / "benchmarks/results/dcpo.json").read_text())
-    for label, (value, spread) in results.items():
-        assert f"| {label} | " in page and f"{value:,.6g} ± {spread:g} |" in page
+    results = json.loads((DOCS.parent / "benchmarks/results/dcpo.json").read_text(encoding="utf-8"))
+    for label, (value, spread) in results["numbers"].items():
+        assert f"    | {label} | " in page and f"{value:,.6g} ± {spread:g} |" in page  # folded, as there are many
+    assert f"In the paper: {results['paper']}" in page and '??? note "All numbers"' in page
     assert "![What was measured](dcpo.svg)" in page and (site[0] / "methods/dcpo.svg").is_file()
+    table = (site[0] / "evidence.md").read_text(encoding="utf-8")
+    for claim, count in results["claims"].items():
+        said = f"{claim}: {docs.verdict(count, results['seeds'])}"
+        assert f"- {said}\n" in page and said in table
+    for slug in list_methods():
+        (row,) = [line for line in table.splitlines() if f"](/methods/{slug}.md#evidence)" in line]
+        assert row.endswith("| no check |") != bool(docs.results_of(slug))
     times = json.loads((DOCS.parent / "benchmarks/results/time.json").read_text())["rows"]
     assert f"{times['bnpo']['median']:.2f} times TRL's" in (site[0] / "methods/bnpo.md").read_text(encoding="utf-8")
+
+
+def test_every_record_of_a_mechanism_is_on_a_page():
+    """A record is made by a script of its name, belongs to a method, and says on how many seeds its claims hold."""
+    found = {stem: record for slug in list_methods() for stem, record in docs.results_of(slug).items()}
+    folder = DOCS.parent / "benchmarks"
+    scripts = {path.stem for path in (folder / "mechanisms").glob("*.py")}
+    made = {
+        path.stem for path in (folder / "results").glob("*.json") if path.stem in scripts or "samplers" in path.stem
+    }
+    assert made == found.keys()
+    for stem, record in found.items():
+        assert record["paper"].endswith(".") and record["claims"], stem
+        assert all(0 <= count <= record["seeds"] for count in record["claims"].values()), stem
 
 
 def test_what_holds_is_shown_where_it_is_known(tmp_path, monkeypatch):

@@ -43,5 +43,26 @@ def measure(generator):
     return found
 
 
+def lowest(quantity):
+    def holds(run):
+        values = {name: [run[f"{spread}: {name}, {quantity}"] for spread in SPREADS] for name in ESTIMATORS}
+        return all(
+            mine == min(others)
+            for mine, others in zip(values["BNPO"], zip(*values.values(), strict=True), strict=True)
+        )
+
+    return holds
+
+
 if __name__ == "__main__":
-    report("bnpo", over_seeds(measure), digits=4)
+    report(
+        "bnpo",
+        over_seeds(measure),
+        {
+            f"the {quantity} is below GRPO's and REINFORCE's, whichever distribution": lowest(quantity)
+            for quantity in ("mean squared advantage", "relative scatter of the gradient")
+        },
+        "The variance of the gradient is said to be lower than REINFORCE's and GRPO's; by its measure 0.1489 against "
+        "0.1667 and 0.1542 for success rates from U(0, 1).",
+        digits=4,
+    )

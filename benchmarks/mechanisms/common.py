@@ -1,17 +1,18 @@
-"""What the mechanism checks share: several seeds, and a record of what came out, whatever it is."""
+"""What the mechanism checks share: seeds, the claims to be shown, and a record of what came out, whatever it is."""
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 
 SEEDS = 5
+RESULTS = Path(__file__).parents[1] / "results"
 
 
-def over_seeds(measure: Callable[[torch.Generator], dict[str, float]], seeds: int = SEEDS) -> dict[str, list[float]]:
+def over_seeds(measure: Callable[[torch.Generator], dict[str, float]], seeds: int = SEEDS) -> list[dict[str, float]]:
     """
     Repeat a measurement.
 
@@ -22,23 +23,46 @@ def over_seeds(measure: Callable[[torch.Generator], dict[str, float]], seeds: in
             How often.
 
     Returns:
-        `dict[str, list[float]]`: mean and standard deviation over the seeds, by name.
+        `list[dict[str, float]]`: the numbers of each seed.
     """
-    runs = [measure(torch.Generator().manual_seed(seed)) for seed in range(seeds)]
-    return {
-        name: [statistics.mean(run[name] for run in runs), statistics.stdev(run[name] for run in runs)]
-        for name in runs[0]
-    }
+    return [measure(torch.Generator().manual_seed(seed)) for seed in range(seeds)]
 
 
-def report(slug: str, results: dict[str, list[float]], digits: int = 3) -> None:
-    """Print and keep the numbers: `benchmarks/results/<slug>.json` has name -> [mean, scatter]."""
-    for name, (mean, scatter) in results.items():
+def report(
+    slug: str,
+    runs: Sequence[Mapping[str, float]],
+    claims: Mapping[str, Callable[[Mapping[str, float]], bool]],
+    paper: str,
+    digits: int = 3,
+) -> None:
+    """
+    Print and keep what came out, in `benchmarks/results/<slug>.json`.
+
+    Args:
+        slug (`str`):
+            The method.
+        runs (`Sequence[Mapping[str, float]]`):
+            Numbers by name, of each seed; kept as mean and standard deviation.
+        claims (`Mapping[str, Callable]`):
+            What the method's argument rests on, in words that can be read alone, and whether the numbers of a seed
+            show it; kept as the number of seeds that do.
+        paper (`str`):
+            The figure of the paper that this stands beside.
+        digits (`int`, *optional*, defaults to 3):
+            Decimal digits printed; one more is kept.
+    """
+    numbers = {}
+    for name in runs[0]:
+        values = [float(run[name]) for run in runs]
+        mean, scatter = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
         print(f"{name}: {mean:.{digits}f} +- {scatter:.{digits}f}")
-    path = Path(__file__).parents[1] / "results" / f"{slug}.json"
-    path.parent.mkdir(exist_ok=True)
-    rounded = {name: [round(value, digits + 1) for value in pair] for name, pair in results.items()}
-    path.write_text(json.dumps(rounded, indent=2) + "\n")
+        numbers[name] = [round(mean, digits + 1), round(scatter, digits + 1)]
+    shown = {claim: sum(bool(holds(run)) for run in runs) for claim, holds in claims.items()}
+    for claim, count in shown.items():
+        print(f"{count} of {len(runs)} seeds: {claim}")
+    record = {"seeds": len(runs), "paper": paper, "claims": shown, "numbers": numbers}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{slug}.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def simulated_groups(rates: torch.Tensor, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

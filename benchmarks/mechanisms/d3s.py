@@ -1,25 +1,30 @@
 """
-D3S: does the time of the forward and backward passes fall with the share of rollouts that is kept?
+D3S: do the rollouts that it keeps have a signal and advantages of a larger variance, and does the time of a step fall?
 
-Trains on scripted completions of 128 tokens with a constant schedule and times everything in a training step but the
-generation and scoring. Prints the median time relative to keeping everything, for each share.
+64 prompts of 16 rollouts, success rates from Beta(0.5, 0.5), 40 draws: the share of rollouts with a non-zero advantage
+and the variance of the advantages, of all rollouts and of the share kept. Then a training on scripted completions of
+128 tokens with a constant schedule: the median processor time of everything in a step but the generation and scoring,
+relative to keeping all rollouts. The time to equal accuracy, which the paper gives, is not looked at.
 """
 
-import json
+import itertools
 import os
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import torch
+from common import beta_rates, over_seeds, report, simulated_groups
 from transformers import PrinterCallback
 
 from trl_ext import D3SConfig, D3STrainer
+from trl_ext.core.rollouts import group_advantages
+from trl_ext.methods.d3s import d3s_select
 from trl_ext.tasks import POLICY_PATH, arithmetic
 
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+SHARES, DRAWS, PROMPTS, GROUP = (0.25, 0.5, 0.75), 40, 64, 16
 
 
 class Timed(D3STrainer):
@@ -30,15 +35,15 @@ class Timed(D3STrainer):
         self.seconds, self.preparing = [], 0.0
 
     def _prepare_inputs(self, inputs):
-        start = time.perf_counter()
+        start = time.process_time()
         result = super()._prepare_inputs(inputs)
-        self.preparing = time.perf_counter() - start
+        self.preparing = time.process_time() - start
         return result
 
     def training_step(self, *args, **kwargs):
-        start = time.perf_counter()
+        start = time.process_time()
         loss = super().training_step(*args, **kwargs)
-        self.seconds.append(time.perf_counter() - start - self.preparing)
+        self.seconds.append(time.process_time() - start - self.preparing)
         return loss
 
 
@@ -53,45 +58,75 @@ def reward(completions, **kwargs):
     return [float(len(text) % 2) for text in completions]
 
 
-def run(kept: int, folder: str) -> list[float]:
-    args = D3SConfig(
-        folder,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        num_generations=8,
-        per_device_train_batch_size=32,
-        max_completion_length=128,
-        max_steps=12,
-        d3s_n_init=kept,
-        d3s_k_init=1.0,
-        d3s_schedule="constant",
-    )
-    trainer = Timed(POLICY_PATH, reward, args, arithmetic(), rollout_func=long_completions)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return trainer.seconds[2:]
-
-
-def main():
-    torch.set_num_threads(1)
-    shares = [8, 6, 4, 2]
-    times = {kept: [] for kept in shares}
+def seconds(share: float) -> float:
+    """Median over the steps of a training that keeps a share of the rollouts."""
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(3):  # in turn, so that a change of the machine's speed meets all of them
-            for kept in shares:
-                times[kept] += run(kept, folder)
-    whole = statistics.median(times[8])
-    ratios = {f"{kept}/8": round(statistics.median(times[kept]) / whole, 3) for kept in shares}
-    for share, ratio in ratios.items():
-        print(f"kept {share}: {ratio:.3f} of the forward and backward time")
-    path = Path(__file__).parents[1] / "results" / "d3s.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"forward and backward time by share of rollouts kept": ratios}, indent=2) + "\n")
+        args = D3SConfig(
+            folder,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            num_generations=8,
+            per_device_train_batch_size=32,
+            max_completion_length=128,
+            max_steps=10,
+            d3s_n_init=int(8 * share),
+            d3s_k_init=1.0,
+            d3s_schedule="constant",
+        )
+        trainer = Timed(POLICY_PATH, reward, args, arithmetic(), rollout_func=long_completions)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return statistics.median(trainer.seconds[2:])
+
+
+def measure(generator):
+    found = {}
+    for _ in range(DRAWS):
+        rewards, groups = simulated_groups(beta_rates(0.5, 0.5, PROMPTS, generator), GROUP, generator)
+        advantages = group_advantages(rewards, groups)
+        for share in (*SHARES, 1):
+            n = int(share * GROUP)
+            kept = advantages[
+                d3s_select(advantages, groups, torch.ones_like(groups, dtype=torch.bool), n, n * PROMPTS)
+            ]
+            for name, value in (
+                ("share of rollouts with a signal", (kept != 0).double().mean()),
+                ("variance of the advantages", kept.var(unbiased=False)),
+            ):
+                name = f"{name}, share kept {share:g}"
+                found[name] = found.get(name, 0.0) + value.item() / DRAWS
+    whole = seconds(1)
+    return found | {f"time of a step over that of all rollouts, share kept {s}": seconds(s) / whole for s in SHARES}
+
+
+def falls(name: str):
+    return lambda run: all(
+        run[f"{name}, share kept {a:g}"] > run[f"{name}, share kept {b:g}"]
+        for a, b in itertools.pairwise((*SHARES, 1))
+    )
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    report(
+        "d3s",
+        over_seeds(measure),
+        {
+            "more of the kept rollouts have a signal than of all, at each share kept": lambda run: (
+                min(run[f"share of rollouts with a signal, share kept {share}"] for share in SHARES)
+                > run["share of rollouts with a signal, share kept 1"]
+            ),
+            "the variance of the advantages grows as fewer rollouts are kept": falls("variance of the advantages"),
+            "the processor time of the training passes falls with the share of rollouts kept": lambda run: (
+                sorted(times := [run[f"time of a step over that of all rollouts, share kept {s}"] for s in SHARES])
+                == times
+                and times[-1] < 1
+            ),
+        },
+        "Qwen2.5-Math-7B, average Pass@1 / Pass@8 of seven sets: GRPO 29.8 / 53.1, D3S 34.3 / 56.8, and GRPO's "
+        "accuracy in half the time; about 70 % of the samples are useful with GRPO, nearly all with D3S.",
+    )

@@ -1,22 +1,21 @@
 """
-GDPO: how many outcomes of a group are told apart that a sum of rewards makes equal?
+GDPO: are more outcomes of a group told apart than by a sum of rewards?
 
 Takes every multiset of outcomes of two binary rewards in a group of G rollouts and counts the distinct patterns of
 advantages: of GRPO on the sum of the rewards, and of each reward normalised on its own and then summed. What GDPO does
-over the batch afterwards is the same for all groups and tells nothing more apart.
+over the batch afterwards is the same for all groups and tells nothing more apart. An exact count, so there is one run.
 """
 
 import itertools
-import json
-from pathlib import Path
 
 import torch
+from common import report
 
 from trl_ext.core.rollouts import group_advantages
 from trl_ext.methods.gdpo_nvidia import gdpo_advantages
 
 
-OUTCOMES = list(itertools.product((0.0, 1.0), repeat=2))
+OUTCOMES, SIZES = list(itertools.product((0.0, 1.0), repeat=2)), (2, 4, 8)
 EPS = 1e-12  # a larger one alone would tell sums of 0 and 1 from sums of 0 and 2, in the fourth digit
 
 
@@ -33,17 +32,21 @@ def count(size: int) -> dict[str, int]:
         rewards = torch.tensor(group, dtype=torch.float64)
         summed.add(pattern(group_advantages(rewards.sum(1), ids, eps=EPS)))
         decoupled.add(pattern(gdpo_advantages(rewards, weights, ids, batch_norm="none", eps=EPS)))
-    return {"outcomes": len(groups), "GRPO on the sum": len(summed), "GDPO": len(decoupled)}
-
-
-def main():
-    counts = {f"G={size}": count(size) for size in (2, 4, 8)}
-    for size, found in counts.items():
-        print(f"{size}: {', '.join(f'{number} {name}' for name, number in found.items())}")
-    path = Path(__file__).parents[1] / "results" / "gdpo_nvidia.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"distinct advantage patterns of two binary rewards": counts}, indent=2) + "\n")
+    found = {"outcomes": len(groups), "GRPO on the sum": len(summed), "GDPO": len(decoupled)}
+    return {f"distinct patterns, {name}, G={size}": number for name, number in found.items()}
 
 
 if __name__ == "__main__":
-    main()
+    report(
+        "gdpo_nvidia",
+        [{name: number for size in SIZES for name, number in count(size).items()}],
+        {
+            f"more patterns of advantages than of GRPO on the sum, in groups of {size}": lambda run, size=size: (
+                run[f"distinct patterns, GDPO, G={size}"] > run[f"distinct patterns, GRPO on the sum, G={size}"]
+            )
+            for size in SIZES
+        },
+        "Tool calling, maths with a bound on the length and code: up to 6.3 % more on AIME and about 80 % fewer "
+        "answers over the bound than with GRPO on the sum.",
+        digits=0,
+    )

@@ -40,4 +40,21 @@ def measure(generator):
 
 
 if __name__ == "__main__":
-    report("ngrpo", over_seeds(measure), digits=4)
+    report(
+        "ngrpo",
+        over_seeds(measure),
+        {
+            "more prompts have a signal than with GRPO": lambda run: (
+                run["NGRPO, share of prompts with a signal"] > run["GRPO, share of prompts with a signal"]
+            ),
+            "every all-wrong group has a signal": lambda run: (
+                run["NGRPO, share of all-wrong groups with a signal"] == 1
+            ),
+            "a step on an all-wrong group takes probability from the arms drawn": (
+                lambda run: run["NGRPO, mass taken from wrong arms"] > 0
+            ),
+        },
+        "Qwen2.5-Math-7B, area under pass@k on AIME2025 / AMC: 28.33 / 81.04 at the start of the ablations, 31.28 / "
+        "86.09 for all of NGRPO.",
+        digits=4,
+    )

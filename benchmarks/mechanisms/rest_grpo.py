@@ -49,4 +49,23 @@ def measure(generator):
 
 
 if __name__ == "__main__":
-    report("rest_grpo", over_seeds(measure))
+    hard = "hard prompts: {}, {}"
+    report(
+        "rest_grpo",
+        over_seeds(measure),
+        {
+            "more groups of the kept prompts have a signal than of all": (
+                lambda run: run["groups with a signal, kept prompts"] > run["groups with a signal, all prompts"]
+            ),
+        }
+        | {
+            f"{words} from beginnings of good solutions than from the start of hard prompts": lambda run, name=name: (
+                run[hard.format(name, "from beginnings")] > run[hard.format(name, "from the start")]
+            )
+            for name, words in {
+                "groups with a signal": "more groups have a signal",
+                "mean reward": "the mean reward is higher",
+            }.items()
+        },
+        "Qwen3-8B, average of the code benchmarks after the second iteration: GRPO 0.590, ReST-GRPO 0.655.",
+    )

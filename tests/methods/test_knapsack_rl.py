@@ -151,3 +151,8 @@ def test_rare_successes_are_clipped():
     trainer = train(KnapsackRLTrainer, knapsack_advantage_clip=0.5, max_steps=1)
     assert max(map(abs, trainer._logs["advantages"])) <= 0.5
     assert math.isfinite(trainer.state.log_history[0]["knapsack/clipped_advantage"])
+
+
+def test_rates_that_are_almost_0_or_1():
+    """1 - p is 1 where p is tiny."""
+    assert sum(knapsack_budgets([1e-17, 0.5, 1 - 1e-16], 8)) == 24

@@ -137,7 +137,7 @@ def knapsack_budgets(
         spread(rest, never)
         return budgets
     usable = sum(
-        math.floor(min(high, math.log(1 - confidence) / math.log(max(rates[i], 1 - rates[i])))) for i in effective
+        math.floor(min(high, math.log(1 - confidence) / math.log1p(-min(rates[i], 1 - rates[i])))) for i in effective
     )
     receivers = never or always + unseen
     if fallback and usable < rest and receivers:
