@@ -3,10 +3,11 @@ How the cost of a method grows: a model of its extra passes, traffic and state, 
 
 What a method does beyond plain TRL is counted, not timed, so that the numbers hold on any machine. Passes: floating
 point operations beyond TRL's, in forward passes over the same completions, apart for what is done once per generation
-and once per update (an update of TRL's is three such passes). Batch, length and vocabulary differ between the sizes;
-where the number of passes does not, the cost grows exactly as a forward pass does. Traffic: bytes per rollout that a
-process hands to collective operations, beyond TRL's; P processes receive P times as much. State: bytes per prompt in a
-checkpoint, and time to choose a generation's prompts, with 1,000, 10,000 and 100,000 prompts.
+and once per update (an update of TRL's is three such passes, and one more of the head). Batch, length and vocabulary
+differ between the sizes; where the number of passes does not, the cost grows exactly as a forward pass does. Traffic:
+bytes per rollout that a process hands to collective operations, beyond TRL's; P processes receive P times as much.
+State: kilobytes in a checkpoint before the first step (histories that grow with visits come on top) and time to choose
+the 128 prompts of a generation, with 1,000, 10,000 and 100,000 prompts.
 
 ```bash
 python benchmarks/scaling.py passes [method ...]   # writes benchmarks/results/scaling_passes.json
@@ -25,7 +26,7 @@ from pathlib import Path
 import accelerate.accelerator
 import accelerate.utils
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
 
 sent = [0]  # bytes handed to collective operations
@@ -60,6 +61,14 @@ from trl_ext.core.mixing import list_methods  # noqa: E402
 RESULTS = Path(__file__).parent / "results"
 SIZES = ((4, 32, 1024), (8, 64, 8192), (16, 128, 32_768))  # rollouts, tokens per completion, vocabulary
 PROMPTS = (1_000, 10_000, 100_000)
+aten = torch.ops.aten
+OPERATIONS = {  # PyTorch counts none of these: the gradients of TRL's chunked head, and attention on a CPU
+    aten.addmm_: lambda total, a, b, *args, **kwargs: mm_flop(a, b),
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda out, q, k, v, *args, **kwargs: (
+        sdpa_backward_flop_count(out, q, k, v)
+    ),
+}
 
 
 def count(name: str, batch: int, length: int, vocabulary: int) -> dict[str, float]:
@@ -72,7 +81,7 @@ def count(name: str, batch: int, length: int, vocabulary: int) -> dict[str, floa
 
             def _generate_and_score_completions(self, inputs):
                 before = sent[0]
-                with FlopCounterMode(display=False) as counter:
+                with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter:
                     outputs = super()._generate_and_score_completions(inputs)
                 prepared.append(counter.get_total_flops())
                 traffic.append(sent[0] - before)
@@ -80,7 +89,7 @@ def count(name: str, batch: int, length: int, vocabulary: int) -> dict[str, floa
 
             def training_step(self, model, inputs, num_items_in_batch=None):
                 generations = len(prepared)
-                with FlopCounterMode(display=False) as counter:
+                with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter:
                     loss = super().training_step(model, inputs, num_items_in_batch)
                 updates.append(counter.get_total_flops() - sum(prepared[generations:]))
                 return loss
@@ -94,12 +103,20 @@ def count(name: str, batch: int, length: int, vocabulary: int) -> dict[str, floa
 
 def passes(names: list[str]) -> dict[str, dict[str, list[float]]]:
     """What a method adds to plain TRL at each of the sizes."""
-    rows = {name: {"per generation": [], "per update": [], "bytes per rollout": []} for name in names}
+    rows = {
+        name: {"per generation": [], "per update": [], "bytes per rollout": []}
+        for name in ("plain TRL, in all", *names)
+    }
     for size in SIZES:
         plain = count("trl", *size)
         # TRL's own preparation of several updates on one generation: the old log-probabilities, a forward pass.
         forward = plain["generation"]
-        print(f"{size}: an update of TRL's is {plain['update'] / forward:.2f} forward passes", flush=True)
+        for key, value in (
+            ("per generation", 1.0),
+            ("per update", plain["update"] / forward),
+            ("bytes per rollout", plain["traffic"] / size[0]),
+        ):
+            rows["plain TRL, in all"][key].append(round(value, 3))
         for name in names:
             found = count(name, *size)
             for key in ("generation", "update"):
@@ -118,7 +135,7 @@ def state(names: list[str]) -> dict[str, dict[str, list[float]]]:
             data = Dataset.from_dict({"prompt": [f"{i}+1=" for i in range(prompts)], "answer": ["0"] * prompts})
             for name in names:
                 trainer = build(
-                    name, folder, data=data, num_generations=2, generation_batch_size=256, max_completion_length=4
+                    name, folder, data=data, num_generations=8, generation_batch_size=1024, max_completion_length=4
                 )
                 times = []
                 for _ in range(12):

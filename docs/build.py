@@ -10,6 +10,8 @@ pip install -e ".[docs]" && python docs/build.py
 import argparse
 import ast
 import dataclasses
+import functools
+import importlib.util
 import inspect
 import itertools
 import json
@@ -405,6 +407,7 @@ def evidence(method: Method) -> list[str]:
             f"(`tests/methods/test_{method.slug}.py`); there is no recorded measurement of an effect.",
             "",
         ]
+    lines += runs(method.slug)
     lines += cost(method.slug)
     properties = HERE / "properties.json"
     if properties.exists():
@@ -415,6 +418,68 @@ def evidence(method: Method) -> list[str]:
                 lines.append(f"- {title}: {'yes' if said == 'passed' else said}")
         lines += [""]
     return lines
+
+
+@functools.cache
+def comparison():
+    """The module of `benchmarks/run.py`, which knows its rows."""
+    spec = importlib.util.spec_from_file_location("benchmark_run", ROOT / "benchmarks/run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def rows_of_runs() -> dict[str, dict[str, list[dict]]]:
+    """Rows by task and name, at the learning rates that were chosen."""
+    run = comparison()
+    tasks = list(run.TASKS)
+    return {task: found for task in tasks if (found := run.rows_of(task, tasks[0]))}
+
+
+def runs(slug: str) -> list[str]:
+    """What the comparison with plain GRPO says of a method."""
+    run, lines = comparison(), []
+    for task, found in rows_of_runs().items():
+        base = found.get(run.baseline_of(slug))
+        if not (slug in found and base):
+            continue
+        share, low, high = map(run.needed, run.share_needed(found[slug], base))
+        ends = [run.interval([*map(run.final, rows)]) for rows in (found[slug], base)]
+        lines.append(
+            f"- `{task}`: {ends[0]} of the held-out prompts at the end, GRPO {ends[1]} ({len(found[slug])} seeds). "
+            f"GRPO's end after this share of its rollouts: {share} ({low} to {high})."
+        )
+    if slug in run.LEFT_OUT:
+        return [f"It is not in the [comparison with plain GRPO](/evidence.md#runs): {run.LEFT_OUT[slug]}.", ""]
+    if not lines:
+        return []
+    start = f"Against plain GRPO at equal rollouts ([all methods](/evidence.md#runs)), {run.BUDGET:,} of them:"
+    return [start, "", *lines, "", f"![Held-out accuracy over rollouts]({slug}_runs.svg)", ""]
+
+
+def draw_runs(slug: str, path: Path) -> bool:
+    """Draw a method's curves beside GRPO's, with the standard error over seeds; whether there were any."""
+    from matplotlib.figure import Figure
+
+    run = comparison()
+    tasks = {task: found for task, found in rows_of_runs().items() if {slug, run.baseline_of(slug)} <= found.keys()}
+    if not tasks:
+        return False
+    figure = Figure(figsize=(4.6 * len(tasks), 3.4), layout="constrained")
+    for axes, (task, found) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
+        for name in (run.baseline_of(slug), slug):
+            curves = run.curves(found[name])
+            x, y = curves.mean(0).T
+            error = curves[:, :, 1].std(0, ddof=1) / len(curves) ** 0.5 if len(curves) > 1 else 0 * y
+            axes.plot(x, y, label=name)
+            axes.fill_between(x, y - error, y + error, alpha=0.2)
+        axes.set(title=task, xlabel="rollouts", ylabel="held-out accuracy")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return True
 
 
 def evidence_page(found: list[Method]) -> str:
@@ -437,6 +502,57 @@ def evidence_page(found: list[Method]) -> str:
     for method in found:
         said = [cell(claim) for record in records[method.slug] for claim in claims(record)]
         lines.append(f"| [{method.trainer._name}]({method.page}#evidence) | {'<br>'.join(said) or 'no check'} |")
+    if rows_of_runs():
+        run = comparison()
+        lines += ["", "## Against plain GRPO at equal rollouts { #runs }", "", *part_of_module(run), ""]
+        lines += run.table(list(run.TASKS)).replace("\n## ", "\n### ").splitlines()[4:]
+    return "\n".join(lines) + "\n"
+
+
+def part_of_module(module) -> list[str]:
+    """The last paragraph of a module's docstring."""
+    return [references(inspect.cleandoc(module.__doc__).split("\n\n")[-1])]
+
+
+def scaling_page(found: list[Method]) -> str:
+    """What grows with the size of a run."""
+    results = ROOT / "benchmarks/results"
+    read = {
+        name: json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("scaling_passes", "scaling_state", "barrier")
+    }
+
+    def told(script: str) -> list[str]:
+        text = ast.get_docstring(ast.parse((ROOT / f"benchmarks/{script}.py").read_text(encoding="utf-8")))
+        return [references(text.partition("\n```")[0]), ""]
+
+    def values(row: dict | None, key: str) -> str:
+        some = row[key] if row else []
+        return "-" if not some else f"{some[0]:g}" if len(set(some)) == 1 else " / ".join(f"{x:g}" for x in some)
+
+    passes, state = read["scaling_passes"], read["scaling_state"]
+    sizes = "; ".join(f"{b} rollouts of {t} tokens, vocabulary {v:,}" for b, t, v in passes["sizes"])
+    prompts = " / ".join(f"{n:,}" for n in state["sizes"])
+    lines = ["---", "hide: [toc]", "---", "", "# Scaling", "", "## Passes, traffic and state", "", *told("scaling")]
+    lines += [
+        f"Sizes: {sizes}. Where one number stands, it is the same at all three.",
+        "",
+        "| method | forward passes per generation | per update | bytes sent per rollout "
+        f"| kilobytes of state with {prompts} prompts | milliseconds to choose prompts |",
+        "|---" * 6 + "|",
+    ]
+    keys = ("per generation", "per update", "bytes per rollout")
+    links = {method.slug: f"[{method.trainer._name}]({method.page})" for method in found}
+    for name, row in passes["rows"].items():
+        kept = state["rows"].get(name)
+        cells = [links.get(name, name), *(values(row, key) for key in keys)]
+        cells += [values(kept, key) for key in ("kilobytes", "milliseconds")]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "## Waiting for the slowest", "", *told("barrier")]
+    columns = list(dict.fromkeys(key for row in read["barrier"]["rows"].values() for key in row))
+    lines += ["| durations | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for name, row in read["barrier"]["rows"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{row[key]:g}" if key in row else "-" for key in columns) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -584,6 +700,7 @@ def generate(folder: Path) -> list:
         "methods/index.md": methods_page(found, titles),
         **{m.page[1:]: method_page(m, pairs[m.slug], titles, names) for m in found},
         "evidence.md": evidence_page(found),
+        "scaling.md": scaling_page(found),
         "running.md": "# Running\n\n" + relinked(part_of(readme, "## What to expect", "## Adding a paper"), links),
         "recipes.md": relinked(recipes, {}),
         "callbacks.md": classes_page("Callbacks and reports", CALLBACKS),
@@ -600,6 +717,7 @@ def generate(folder: Path) -> list:
     for method in found:
         for stem, record in results_of(method.slug).items():
             draw(record["numbers"], folder / "methods" / f"{stem}.svg")
+        draw_runs(method.slug, folder / "methods" / f"{method.slug}_runs.svg")
     shutil.copy(HERE / "step.svg", folder / "step.svg")
     shutil.copytree(HERE / "theme", folder / "theme", dirs_exist_ok=True)
     running = [{"Running": "running.md"}, {"Recipes": "recipes.md"}, {"Callbacks": "callbacks.md"}]
@@ -609,7 +727,7 @@ def generate(folder: Path) -> list:
         {"Home": "index.md"},
         {"Which method": "guide.md"},
         {"Methods": [{"All methods": "methods/index.md"}, *({names[m.slug]: m.page[1:]} for m in found)]},
-        {"Evidence": "evidence.md"},
+        {"Evidence": ["evidence.md", {"Scaling": "scaling.md"}]},
         {"Running": running},
         {"Extending": [{"Hooks": "hooks.md"}, {"Core": "core.md"}, {"Contributing": "contributing.md"}]},
     ]
