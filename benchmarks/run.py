@@ -5,6 +5,7 @@ same start, at equal rollouts (those of estimates and further rounds included).
 ```bash
 python benchmarks/run.py --hours 2          # the next rows of everything; prints how long all will take
 python benchmarks/run.py --methods spo clip_cov+spo --tasks sums
+python benchmarks/run.py --mixes            # pairs of the best methods, at a third of the budget
 python benchmarks/run.py --table            # benchmarks/results/runs.md from the rows that there are
 ```
 
@@ -12,7 +13,9 @@ A row is one training: a task, a method, a learning rate, a seed. It is written 
 is finished, so stopping loses at most one, and rows that are there are not run again. Learning rates are chosen for
 each method alike, plain GRPO included: a small grid on seeds of its own and one task, by the mean held-out accuracy in
 the second half; everything else is the method's default. Methods that act only off-policy go over each generation
-twice, and are compared with a GRPO that does so, too (`grpo x2`).
+twice, and are compared with a GRPO that does so, too (`grpo x2`). Mixes are searched among the pairs of the methods
+with the best second half, with the smaller of their learning rates, on the tuning seeds at a third of the budget; the
+best are then run as any method, on tasks that they were not chosen on, too.
 """
 
 import argparse
@@ -35,6 +38,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from trl_ext import MethodConfig, MethodTrainer, mix
+from trl_ext.core.config import MixingError
 from trl_ext.core.mixing import find_method, list_methods
 from trl_ext.evaluation import student_quantile
 from trl_ext.tasks import POLICY_PATH, load_data
@@ -58,7 +62,8 @@ TASKS = {
         {"min_terms": 3, "max_terms": 3, "min_digits": 2, "max_digits": 2},
     ),
 }
-ALL_ON = ("sums", "chain_sum")  # the other tasks are for the best methods
+TUNED_ON, ALL_ON = "sums", ("sums", "chain_sum")  # the other tasks are for the best methods
+BEST = 8  # methods of which all pairs are tried
 SETTINGS = {
     "spo": {"spo_offline_n": 2},  # of 4,500 prompts; the code's 8 would cost more rollouts than the training
     "gvm": {"gvm_grad_params": None},
@@ -85,10 +90,12 @@ class Row(NamedTuple):
     name: str
     learning_rate: float
     seed: int
+    budget: int = BUDGET
 
     @property
     def path(self) -> Path:
-        return RESULTS / "runs" / self.task / f"{self.name.replace(' ', '_')}_{self.learning_rate:g}_{self.seed}.json"
+        folder = self.task if self.budget == BUDGET else f"{self.task}_{self.budget}"
+        return RESULTS / "runs" / folder / f"{self.name.replace(' ', '_')}_{self.learning_rate:g}_{self.seed}.json"
 
 
 class Curve(TrainerCallback):
@@ -133,15 +140,15 @@ def baseline_of(name: str) -> str:
     return "grpo x2" if iterations(name) == 2 else "grpo"
 
 
-def train(row: Row, budget: int = BUDGET, points: int = POINTS, batch: int = 64, prompts: int = EVAL_PROMPTS) -> dict:
+def train(row: Row, points: int = POINTS, batch: int = 64, prompts: int = EVAL_PROMPTS) -> dict:
     """
     Run a row.
 
     Args:
         row ([`Row`]):
             What to run.
-        budget (`int`), points (`int`), batch (`int`), prompts (`int`):
-            Rollouts, evaluations after the first, rollouts per step, and held-out prompts.
+        points (`int`), batch (`int`), prompts (`int`):
+            Evaluations after the first, rollouts per step, and held-out prompts.
 
     Returns:
         `dict`: what is kept of it.
@@ -162,7 +169,7 @@ def train(row: Row, budget: int = BUDGET, points: int = POINTS, batch: int = 64,
             learning_rate=row.learning_rate,
             lr_scheduler_type="constant",
             num_iterations=again,
-            max_steps=again * -(-budget // batch),
+            max_steps=again * -(-row.budget // batch),
             logging_steps=1,
             save_strategy="no",
             report_to=[],
@@ -175,7 +182,7 @@ def train(row: Row, budget: int = BUDGET, points: int = POINTS, batch: int = 64,
         )
         trainer = trainer_class(POLICY_PATH, task.rewards, args, task.train)
         trainer.remove_callback(PrinterCallback)
-        curve = Curve(trainer, held_out, budget, points)
+        curve = Curve(trainer, held_out, row.budget, points)
         trainer.add_callback(curve)
         start = time.perf_counter()
         trainer.train()
@@ -188,7 +195,6 @@ def train(row: Row, budget: int = BUDGET, points: int = POINTS, batch: int = 64,
 
     return {
         **row._asdict(),
-        "budget": budget,
         "curve": curve.points,
         "steps": trainer.state.global_step,
         "entropy": mean("entropy", slice(-10, None)),
@@ -214,11 +220,11 @@ def late(result: dict) -> float:
     return statistics.fmean(y for x, y in result["curve"] if 2 * x >= result["budget"])
 
 
-def best_rate(name: str, tuned_on: str) -> float | None:
+def best_rate(name: str) -> float | None:
     """The learning rate that is best in the second half; None before all rows of the grid are there."""
     scores = {}
     for rate in GRID:
-        found = [read(Row(tuned_on, name, rate, seed)) for seed in TUNING_SEEDS]
+        found = [read(Row(TUNED_ON, name, rate, seed)) for seed in TUNING_SEEDS]
         if None in found:
             return None
         scores[rate] = statistics.fmean(map(late, found))
@@ -230,10 +236,28 @@ def next_rows(names: list[str], tasks: list[str], seeds=SEEDS):
     names = list(dict.fromkeys([*map(baseline_of, names), *names]))
     for name in names:
         for rate in GRID:
-            yield from (Row(tasks[0], name, rate, seed) for seed in TUNING_SEEDS)
-        if (rate := best_rate(name, tasks[0])) is not None:
+            yield from (Row(TUNED_ON, name, rate, seed) for seed in TUNING_SEEDS)
+        if (rate := best_rate(name)) is not None:
             for task in tasks:
                 yield from (Row(task, name, rate, seed) for seed in seeds)
+
+
+def mixes() -> list[Row]:
+    """Rows of the search for a mix: pairs of the methods that do best on the tuning seeds, if they go together."""
+    singles = {name: rate for name in list_methods() if name not in LEFT_OUT and (rate := best_rate(name))}
+
+    def score(name):
+        return statistics.fmean(late(read(Row(TUNED_ON, name, singles[name], seed))) for seed in TUNING_SEEDS)
+
+    rows = []
+    for pair in itertools.combinations(sorted(singles, key=score, reverse=True)[:BEST], 2):
+        try:
+            mix(*pair)
+        except MixingError:  # they replace the same thing
+            continue
+        rate = min(singles[name] for name in pair)
+        rows += [Row(TUNED_ON, "+".join(pair), rate, seed, BUDGET // 3) for seed in TUNING_SEEDS]
+    return rows
 
 
 def interval(values: list[float]) -> str:
@@ -293,12 +317,12 @@ def area(result: dict) -> float:
     return float(np.trapezoid(y, x) / (x[-1] - x[0]))
 
 
-def rows_of(task: str, tuned_on: str) -> dict[str, list[dict]]:
+def rows_of(task: str) -> dict[str, list[dict]]:
     """Rows of a task by method, at the learning rate that was chosen."""
     found: dict[str, list[dict]] = {}
     for path in sorted((RESULTS / "runs" / task).glob("*.json")):
         result = json.loads(path.read_text())
-        if result["seed"] in SEEDS and result["learning_rate"] == best_rate(result["name"], tuned_on):
+        if result["seed"] in SEEDS and result["learning_rate"] == best_rate(result["name"]):
             found.setdefault(result["name"], []).append(result)
     return found
 
@@ -335,7 +359,7 @@ def table(tasks: list[str]) -> str:
     lines = ["# Methods against plain GRPO at equal rollouts", "", "Written by `benchmarks/run.py --table`.", ""]
     time_of, memory_of = costs("time"), costs("memory")
     for task in tasks:
-        if not (found := rows_of(task, tasks[0])):
+        if not (found := rows_of(task)):
             continue
         lines += [f"## {task}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
         for name in sorted(found, key=lambda name: -statistics.fmean(map(final, found[name]))):
@@ -359,6 +383,17 @@ def table(tasks: list[str]) -> str:
             ]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines.append("")
+    tried: dict[str, list[dict]] = {}
+    for path in sorted((RESULTS / "runs" / f"{TUNED_ON}_{BUDGET // 3}").glob("*.json")):
+        result = json.loads(path.read_text())
+        tried.setdefault(result["name"], []).append(result)
+    if tried:
+        lines += [f"## Mixes tried on {TUNED_ON} with a third of the rollouts", ""]
+        lines += ["| mix | learning rate | seeds | accuracy in the second half |", "|---|---|---|---|"]
+        for name, rows in sorted(tried.items(), key=lambda item: -statistics.fmean(map(late, item[1]))):
+            mean = statistics.fmean(map(late, rows))
+            lines.append(f"| {name} | {rows[0]['learning_rate']:g} | {len(rows)} | {mean:.3f} |")
+        lines.append("")
     lines += ["Left out: " + "; ".join(f"`{name}` {reason}" for name, reason in LEFT_OUT.items()) + ".", ""]
     return "\n".join(lines)
 
@@ -373,6 +408,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="*", help="names as in trl_ext.mix, 'a+b' is a mix; default: all")
     parser.add_argument("--tasks", nargs="*", default=list(ALL_ON), choices=list(TASKS))
     parser.add_argument("--hours", type=float, default=math.inf, help="start no row after so many hours")
+    parser.add_argument("--mixes", action="store_true", help="search for a mix instead")
     parser.add_argument("--table", action="store_true", help="only write the table")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -381,25 +417,32 @@ def main(argv: list[str] | None = None) -> None:
     start, seen = time.perf_counter(), set()
     while not options.table:
         # Anew after every row: the grid decides which come next.
-        left = [row for row in next_rows(names, options.tasks) if read(row) is None and row not in seen]
+        wanted = mixes() if options.mixes else next_rows(names, options.tasks)
+        left = [row for row in wanted if read(row) is None and row not in seen]
         if not left or time.perf_counter() - start > 3600 * options.hours:
             break
-        times = [json.loads(p.read_text())["total_seconds"] for p in (RESULTS / "runs").glob("*/*.json")]
+        times = [
+            (r["total_seconds"], r["budget"])
+            for p in (RESULTS / "runs").glob("*/*.json")
+            for r in [json.loads(p.read_text())]
+        ]
         if not seen and times:
-            ahead = len(set(map(baseline_of, names)) | set(names)) * (
-                len(GRID) * len(TUNING_SEEDS) + len(SEEDS) * len(options.tasks)
-            )
-            print(f"at most {ahead} rows, {statistics.median(times) * ahead / 3600:.1f} hours", file=sys.stderr)
+            each = statistics.median(seconds / budget for seconds, budget in times)
+            print(f"at least {len(left)} rows, {each * sum(r.budget for r in left) / 3600:.1f} hours", file=sys.stderr)
         row = left[0]
         seen.add(row)
-        result = train(row)
+        try:
+            result = train(row)
+        except ValueError as error:  # settings that do not go together
+            print(f"{row.task} {row.name}: {error}", file=sys.stderr)
+            continue
         row.path.parent.mkdir(parents=True, exist_ok=True)
         partial = row.path.with_suffix(".partial")
         partial.write_text(json.dumps(result) + "\n")
         os.replace(partial, row.path)
         print(f"{row.task} {row.name} {row.learning_rate:g} seed {row.seed}: {final(result):.3f}", file=sys.stderr)
-    (RESULTS / "runs.md").write_text(table(options.tasks), encoding="utf-8")
-    print(table(options.tasks))
+    (RESULTS / "runs.md").write_text(table(list(TASKS)), encoding="utf-8")
+    print(table(list(TASKS)))
 
 
 if __name__ == "__main__":

@@ -433,8 +433,7 @@ def comparison():
 def rows_of_runs() -> dict[str, dict[str, list[dict]]]:
     """Rows by task and name, at the learning rates that were chosen."""
     run = comparison()
-    tasks = list(run.TASKS)
-    return {task: found for task in tasks if (found := run.rows_of(task, tasks[0]))}
+    return {task: found for task in run.TASKS if (found := run.rows_of(task))}
 
 
 def runs(slug: str) -> list[str]:

@@ -74,6 +74,26 @@ def test_the_table(bench):
     assert "`kdrl` needs a better teacher" in text
 
 
+def test_the_search_for_a_mix(bench):
+    for name, end in {"spo": 0.5, "ngrpo": 0.6, "dcpo": 0.4, "clip_cov": 0.7}.items():
+        fill(
+            bench, name, {2.5e-5: 0.1, 5e-5: end, 1e-4: 0.2} if name != "spo" else {2.5e-5: end, 5e-5: 0, 1e-4: 0}, {}
+        )
+    bench.BEST = 3
+    rows = bench.mixes()
+    # Not with DCPO, which is the worst, nor SPO with NGRPO, as both replace the advantages.
+    assert [(row.name, row.learning_rate) for row in rows] == [
+        ("clip_cov+ngrpo", 5e-5),
+        ("clip_cov+ngrpo", 5e-5),
+        ("clip_cov+spo", 2.5e-5),
+        ("clip_cov+spo", 2.5e-5),
+    ]
+    assert {row.budget for row in rows} == {bench.BUDGET // 3} and rows[0].path.parent.name == "sums_4266"
+    write(bench, rows[0], 0.54)
+    text = bench.table(["sums"])
+    assert "| clip_cov+ngrpo | 5e-05 | 1 | 0.480 |" in text and text.count("clip_cov+ngrpo") == 1
+
+
 def test_numbers(bench):
     curve = np.array([[0, 0.2], [100, 0.4], [200, 0.3], [300, 0.8]])
     assert bench.rollouts_to(curve, 0.1) == 0 and bench.rollouts_to(curve, 0.3) == pytest.approx(50)
@@ -85,7 +105,7 @@ def test_numbers(bench):
 
 @pytest.mark.parametrize("name", ["grpo", "spo", "gppo"])
 def test_a_row(bench, name):
-    result = bench.train(bench.Row("sums", name, 1e-4, 0), budget=64, points=2, batch=16, prompts=4)
+    result = bench.train(bench.Row("sums", name, 1e-4, 0, budget=64), points=2, batch=16, prompts=4)
     spent = [rollouts for rollouts, _ in result["curve"]]
     assert spent[-1] >= 64 and all(0 <= accuracy <= 1 for _, accuracy in result["curve"])
     if name == "spo":  # the first estimates of the 512 prompts are paid for
