@@ -47,7 +47,7 @@ if __name__ == "__main__":
         "gvm",
         over_seeds(measure),
         {
-            "with known rates and the default penalty the variance is about half of that of equal budgets": lambda run: (
+            "with known rates and the default penalty the variance is about halved": lambda run: (
                 0.4 < run[label.format("rates known, penalty 0.001")] < 0.6
             ),
             "a larger penalty on small rates costs some of that": lambda run: (
