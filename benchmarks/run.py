@@ -7,6 +7,7 @@ python benchmarks/run.py --hours 2          # the next rows of everything; print
 python benchmarks/run.py --methods spo clip_cov+spo --tasks sums
 python benchmarks/run.py --mixes            # pairs of the best methods, at a third of the budget
 python benchmarks/run.py --table            # benchmarks/results/runs.md from the rows that there are
+python benchmarks/run.py --again 3          # runs three finished rows once more and compares
 ```
 
 A row is one training: a task, a method, a learning rate, a seed. It is written to `benchmarks/results/runs/` when it
@@ -24,6 +25,7 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import sys
 import tempfile
@@ -403,17 +405,38 @@ def _mean(results: list[dict], name: str, form: str = ".3f") -> str:
     return format(statistics.fmean(values), form) if values else "-"
 
 
+def again(names: list[str], tasks: list[str], count: int) -> bool:
+    """Run finished rows once more; whether all end within the scatter of the seeds (two standard deviations)."""
+    candidates = [
+        (result, rows) for task in tasks for name, rows in rows_of(task).items() if name in names for result in rows
+    ]
+    good = True
+    for result, rows in random.Random(0).sample(candidates, min(count, len(candidates))):
+        now = train(Row(*(result[field] for field in Row._fields)))
+        ends = [*map(final, rows)]
+        scatter = 2 * statistics.stdev(ends) if len(ends) > 1 else math.inf
+        within = abs(final(now) - statistics.fmean(ends)) <= scatter
+        good &= within
+        told = f"{result['task']} {result['name']} {result['learning_rate']:g} seed {result['seed']}"
+        print(f"{told}: {final(result):.3f}, again {final(now):.3f}; seeds {interval(ends)}{'' if within else ' !'}")
+    return good
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--methods", nargs="*", help="names as in trl_ext.mix, 'a+b' is a mix; default: all")
     parser.add_argument("--tasks", nargs="*", default=list(ALL_ON), choices=list(TASKS))
     parser.add_argument("--hours", type=float, default=math.inf, help="start no row after so many hours")
     parser.add_argument("--mixes", action="store_true", help="search for a mix instead")
+    parser.add_argument("--again", type=int, metavar="N", help="only run N finished rows once more, and compare")
     parser.add_argument("--table", action="store_true", help="only write the table")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning)
     names = options.methods or [name for name in list_methods() if name not in LEFT_OUT]
+    if options.again:
+        baselines = [*map(baseline_of, names)] if options.methods is None else []
+        sys.exit(not again([*names, *baselines], options.tasks, options.again))
     start, seen = time.perf_counter(), set()
     while not options.table:
         # Anew after every row: the grid decides which come next.

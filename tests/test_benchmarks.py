@@ -94,6 +94,14 @@ def test_the_search_for_a_mix(bench):
     assert "| clip_cov+ngrpo | 5e-05 | 1 | 0.480 |" in text and text.count("clip_cov+ngrpo") == 1
 
 
+def test_rows_once_more(bench, monkeypatch, capsys):
+    fill(bench, "grpo", {2.5e-5: 0.1, 5e-5: 0.5, 1e-4: 0.2}, {0: 0.5, 1: 0.52, 2: 0.54})
+    monkeypatch.setattr(bench, "train", lambda row: {"curve": [[0, 0.3], [row.budget, 0.53]]})
+    assert bench.again(["grpo"], ["sums"], 2) and capsys.readouterr().out.count("again 0.530; seeds 0.520") == 2
+    monkeypatch.setattr(bench, "train", lambda row: {"curve": [[0, 0.3], [row.budget, 0.6]]})
+    assert not bench.again(["grpo"], ["sums"], 1) and capsys.readouterr().out.endswith(" !\n")
+
+
 def test_numbers(bench):
     curve = np.array([[0, 0.2], [100, 0.4], [200, 0.3], [300, 0.8]])
     assert bench.rollouts_to(curve, 0.1) == 0 and bench.rollouts_to(curve, 0.3) == pytest.approx(50)
