@@ -4,8 +4,11 @@ How the cost of a method grows: a model of its extra passes, traffic and state, 
 What a method does beyond plain TRL is counted, not timed, so that the numbers hold on any machine. Passes: floating
 point operations beyond TRL's, in forward passes over the same completions, apart for what is done once per generation
 and once per update (an update of TRL's is three such passes, and one more of the head). Batch, length and vocabulary
-differ between the sizes; where the number of passes does not, the cost grows exactly as a forward pass does. Traffic:
-bytes per rollout that a process hands to collective operations, beyond TRL's; P processes receive P times as much.
+differ between the sizes; where the number of passes does not, the cost grows exactly as a forward pass does. It is the
+first of several generations of two updates that is looked at: TRL's pass for the old log-probabilities is there in any
+case (with one update EMPG makes it), and SPO's pass over earlier rollouts of prompts that it meets again, one at most,
+comes later. ReST-GRPO's prompts contain beginnings of solutions, so that its passes are longer. Traffic: bytes per
+rollout that a process hands to collective operations, beyond TRL's; P processes receive P times as much.
 State: kilobytes in a checkpoint before the first step (histories that grow with visits come on top) and time to choose
 the 128 prompts of a generation, with 1,000, 10,000 and 100,000 prompts.
 
@@ -72,7 +75,7 @@ OPERATIONS = {  # PyTorch counts none of these: the gradients of TRL's chunked h
 
 
 def count(name: str, batch: int, length: int, vocabulary: int) -> dict[str, float]:
-    """Floating point operations per generation and per update, and bytes sent per generation."""
+    """Floating point operations per generation and per update, and bytes sent per generation, of two updates."""
     prepared, updates, traffic = [], [], []
 
     def counting(trainer_class):

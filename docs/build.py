@@ -526,18 +526,16 @@ def scaling_page(found: list[Method]) -> str:
         return [references(text.partition("\n```")[0]), ""]
 
     def values(row: dict | None, key: str) -> str:
-        some = row[key] if row else []
-        return "-" if not some else f"{some[0]:g}" if len(set(some)) == 1 else " / ".join(f"{x:g}" for x in some)
+        some = [f"{x:.0f}" if abs(x) >= 100 else f"{x:.2g}" for x in row[key]] if row else ["-"]
+        return some[0] if len(set(some)) == 1 else " / ".join(some)
 
     passes, state = read["scaling_passes"], read["scaling_state"]
     sizes = "; ".join(f"{b} rollouts of {t} tokens, vocabulary {v:,}" for b, t, v in passes["sizes"])
-    prompts = " / ".join(f"{n:,}" for n in state["sizes"])
     lines = ["---", "hide: [toc]", "---", "", "# Scaling", "", "## Passes, traffic and state", "", *told("scaling")]
     lines += [
         f"Sizes: {sizes}. Where one number stands, it is the same at all three.",
         "",
-        "| method | forward passes per generation | per update | bytes sent per rollout "
-        f"| kilobytes of state with {prompts} prompts | milliseconds to choose prompts |",
+        "| method | passes per generation | per update | bytes per rollout | kilobytes of state | milliseconds |",
         "|---" * 6 + "|",
     ]
     keys = ("per generation", "per update", "bytes per rollout")
@@ -548,10 +546,19 @@ def scaling_page(found: list[Method]) -> str:
         cells += [values(kept, key) for key in ("kilobytes", "milliseconds")]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "## Waiting for the slowest", "", *told("barrier")]
-    columns = list(dict.fromkeys(key for row in read["barrier"]["rows"].values() for key in row))
-    lines += ["| durations | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    shares = list(dict.fromkeys(name.rpartition(" ")[2] for name in read["barrier"]["rows"]))[1:]
+    lines += [
+        "How many times as long a step takes in groups, and in brackets the kept length of groups and of a stream, by "
+        "the rollouts started over those needed.",
+        "",
+        "| durations | " + " | ".join(f"{share} started" for share in shares) + " | full batch / carrying over |",
+        "|---" * (2 + len(shares)) + "|",
+    ]
     for name, row in read["barrier"]["rows"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{row[key]:g}" if key in row else "-" for key in columns) + " |")
+        if (kind := name.removesuffix(", started 1")) != name:
+            rows = [read["barrier"]["rows"][f"{kind}, started {share}"].values() for share in shares]
+            cells = ["{:.2f} ({:.2f}, {:.2f})".format(*some) for some in rows]
+            lines.append(f"| {kind} | {' | '.join(cells)} | {row['full batch / carrying over']:.1f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -290,6 +290,30 @@ def test_every_record_of_a_mechanism_is_on_a_page():
         assert all(0 <= count <= record["seeds"] for count in record["claims"].values()), stem
 
 
+def test_runs_are_on_the_pages(site):
+    run = docs.comparison()
+    table = (site[0] / "evidence.md").read_text(encoding="utf-8")
+    for task, found in docs.rows_of_runs().items():
+        for slug in found.keys() & set(list_methods()):
+            page = (site[0] / f"methods/{slug}.md").read_text(encoding="utf-8")
+            end = run.interval([run.final(row) for row in found[slug]])
+            assert f"- `{task}`: {end} of the held-out prompts at the end" in page and f"| {slug} | " in table
+            assert f"]({slug}_runs.svg)" in page and (site[0] / f"methods/{slug}_runs.svg").is_file()
+    for slug, reason in run.LEFT_OUT.items():
+        assert reason in (site[0] / f"methods/{slug}.md").read_text(encoding="utf-8")
+
+
+def test_scaling_is_that_of_the_files(site):
+    page = (site[0] / "scaling.md").read_text(encoding="utf-8")
+    for slug in list_methods():
+        assert page.count(f"](/methods/{slug}.md) |") == 1
+    assert re.search(r"\[GTPO\]\(/methods/gtpo.md\) \| 1 \| 0 \|", page)
+    rows = json.loads((DOCS.parent / "benchmarks/results/barrier.json").read_text())["rows"]
+    ratio, groups, stream = rows["code service, correlation 0.5, started 1.5"].values()
+    (line,) = [line for line in page.splitlines() if line.startswith("| code service, correlation 0.5 |")]
+    assert line.split(" | ")[2] == f"{ratio:.2f} ({groups:.2f}, {stream:.2f})"
+
+
 def test_what_holds_is_shown_where_it_is_known(tmp_path, monkeypatch):
     shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("properties.*", "site"))
     cells = {"LoRA": {"spo": "passed", "vas": "no adapters"}, "images": {"vas": "passed"}}
