@@ -67,7 +67,7 @@ TASKS = {
 TUNED_ON, ALL_ON = "sums", ("sums", "chain_sum")  # the other tasks are for the best methods
 BEST = 8  # methods of which all pairs are tried
 SETTINGS = {
-    "spo": {"spo_offline_n": 2},  # of 4,500 prompts; the code's 8 would cost more rollouts than the training
+    "spo": {"spo_offline_n": 2},  # the code's 8 would cost a third of the rollouts
     "gvm": {"gvm_grad_params": None},
     "vas": {"vas_scoring": "online"},
     "rest_grpo": {"rest_on_empty": "unfiltered"},
