@@ -9,6 +9,14 @@ import torch
 
 
 SEEDS = 5
+QUIET = {  # settings of a short training on the CPU
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": [],
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
 RESULTS = Path(__file__).parents[1] / "results"
 
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 
 import torch
-from common import beta_rates, over_seeds, report, simulated_groups
+from common import QUIET, beta_rates, over_seeds, report, simulated_groups
 from transformers import PrinterCallback
 
 from trl_ext import D3SConfig, D3STrainer
@@ -63,12 +63,7 @@ def seconds(share: float) -> float:
     with tempfile.TemporaryDirectory() as folder:
         args = D3SConfig(
             folder,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
+            **QUIET,
             num_generations=8,
             per_device_train_batch_size=32,
             max_completion_length=128,

@@ -12,7 +12,7 @@ import os
 import tempfile
 
 import torch
-from common import over_seeds, report
+from common import QUIET, over_seeds, report
 from transformers import PrinterCallback
 
 from trl_ext import GRPODConfig, GRPODTrainer, MethodConfig, MethodTrainer
@@ -29,12 +29,7 @@ def divergences(trainer_class, config_class, seed, **settings) -> torch.Tensor:
     with tempfile.TemporaryDirectory() as folder:
         args = config_class(
             folder,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
+            **QUIET,
             logging_steps=1,
             num_generations=8,
             per_device_train_batch_size=32,

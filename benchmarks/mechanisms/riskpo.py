@@ -12,7 +12,7 @@ import os
 import tempfile
 
 import torch
-from common import beta_rates, over_seeds, report, simulated_groups
+from common import QUIET, beta_rates, over_seeds, report, simulated_groups
 from transformers import PrinterCallback
 
 from trl_ext import RiskPOConfig, RiskPOTrainer
@@ -49,12 +49,7 @@ def signal_of_wrong_groups(generator) -> float:
     with tempfile.TemporaryDirectory() as folder:
         args = RiskPOConfig(
             folder,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
+            **QUIET,
             num_generations=GROUP,
             per_device_train_batch_size=4 * BUNDLE * GROUP,
             max_completion_length=2,

@@ -12,7 +12,7 @@ import os
 import tempfile
 
 import torch
-from common import over_seeds, report
+from common import QUIET, over_seeds, report
 from transformers import PrinterCallback
 
 from trl_ext import ScafGRPOConfig, ScafGRPOTrainer
@@ -55,12 +55,7 @@ def measure(generator):
     with tempfile.TemporaryDirectory() as folder:
         args = ScafGRPOConfig(
             folder,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
+            **QUIET,
             num_generations=GROUP,
             per_device_train_batch_size=GROUP * GROUPS,
             max_completion_length=1,
