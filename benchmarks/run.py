@@ -321,11 +321,20 @@ def area(result: dict) -> float:
 
 def rows_of(task: str) -> dict[str, list[dict]]:
     """Rows of a task by method, at the learning rate that was chosen."""
+    found = {}
+    for name, rows in finished(task).items():
+        rate = best_rate(name)
+        if chosen := [row for row in rows if row["seed"] in SEEDS and row["learning_rate"] == rate]:
+            found[name] = chosen
+    return found
+
+
+def finished(folder: str) -> dict[str, list[dict]]:
+    """All rows in a folder of `benchmarks/results/runs`, by method."""
     found: dict[str, list[dict]] = {}
-    for path in sorted((RESULTS / "runs" / task).glob("*.json")):
+    for path in sorted((RESULTS / "runs" / folder).glob("*.json")):
         result = json.loads(path.read_text())
-        if result["seed"] in SEEDS and result["learning_rate"] == best_rate(result["name"]):
-            found.setdefault(result["name"], []).append(result)
+        found.setdefault(result["name"], []).append(result)
     return found
 
 
@@ -385,11 +394,7 @@ def table(tasks: list[str]) -> str:
             ]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines.append("")
-    tried: dict[str, list[dict]] = {}
-    for path in sorted((RESULTS / "runs" / f"{TUNED_ON}_{BUDGET // 3}").glob("*.json")):
-        result = json.loads(path.read_text())
-        tried.setdefault(result["name"], []).append(result)
-    if tried:
+    if tried := finished(f"{TUNED_ON}_{BUDGET // 3}"):
         lines += [f"## Mixes tried on {TUNED_ON} with a third of the rollouts", ""]
         lines += ["| mix | learning rate | seeds | accuracy in the second half |", "|---|---|---|---|"]
         for name, rows in sorted(tried.items(), key=lambda item: -statistics.fmean(map(late, item[1]))):
@@ -464,8 +469,9 @@ def main(argv: list[str] | None = None) -> None:
         partial.write_text(json.dumps(result) + "\n")
         os.replace(partial, row.path)
         print(f"{row.task} {row.name} {row.learning_rate:g} seed {row.seed}: {final(result):.3f}", file=sys.stderr)
-    (RESULTS / "runs.md").write_text(table(list(TASKS)), encoding="utf-8")
-    print(table(list(TASKS)))
+    text = table(list(TASKS))
+    (RESULTS / "runs.md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":
