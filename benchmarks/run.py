@@ -5,21 +5,26 @@ same start, at equal rollouts (those of estimates and further rounds included).
 ```bash
 python benchmarks/run.py --hours 2          # the next rows of everything; prints how long all will take
 python benchmarks/run.py --methods spo clip_cov+spo --tasks sums
+python benchmarks/run.py --best 10 --tasks chain_sum basic_arithmetic
 python benchmarks/run.py --mixes            # pairs of the best methods, at a third of the budget
 python benchmarks/run.py --table            # benchmarks/results/runs.md from the rows that there are
 python benchmarks/run.py --again 3          # runs three finished rows once more and compares
 ```
 
 A row is one training: a task, a method, a learning rate, a seed. It is written to `benchmarks/results/runs/` when it
-is finished, so stopping loses at most one, and rows that are there are not run again. Learning rates are chosen for
-each method alike, plain GRPO included: a small grid on seeds of its own and one task, by the mean held-out accuracy in
-the second half; everything else is the method's default. Methods that act only off-policy go over each generation
-twice, and are compared with a GRPO that does so, too (`grpo x2`). Mixes are searched among the pairs of the methods
-with the best second half, with the smaller of their learning rates, on the tuning seeds at a third of the budget; the
-best are then run as any method, on tasks that they were not chosen on, too.
+is finished, so stopping loses at most one, and rows that are there are not run again. Several processes share the
+work: each takes the next row that no other is at. Learning rates are chosen for each method alike, plain GRPO
+included: a small grid on seeds of its own and one task, by the mean held-out accuracy in the second half; everything
+else is the method's default. Methods that act only off-policy go over each generation twice, and are compared with a
+GRPO that does so, too (`grpo x2`). All methods run on two tasks; the best of them, by what they gain on the mean over
+all rollouts there, on the other two. Mixes are searched among the pairs of the best methods, with the smaller of their
+learning rates, on the tuning seeds of the first two tasks at a third of the budget; the best are then run as any
+method, on the tasks that they were not chosen on, too.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -37,13 +42,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from transformers import PrinterCallback, TrainerCallback
 
 from trl_ext import MethodConfig, MethodTrainer, mix
 from trl_ext.core.config import MixingError
 from trl_ext.core.mixing import find_method, list_methods
 from trl_ext.evaluation import student_quantile
-from trl_ext.tasks import POLICY_PATH, load_data
+from trl_ext.tasks import POLICY_PATH, Task, load_data
 from trl_ext.tasks.embedded import CHAIN_SUM_CONFIG
 
 
@@ -54,17 +60,14 @@ TRAIN_PROMPTS = 512  # GRPO sees each three times: methods that remember prompts
 # Name of the data, and settings of the task; beside them, what the policy solves at the start.
 TASKS = {
     "sums": ("arithmetic", None),  # 0.35
+    "sparse": ("arithmetic", None),  # 0.02, and 94% of the prompts are not solved in eight attempts: see `load`
     "chain_sum": ("reasoning_gym:chain_sum", CHAIN_SUM_CONFIG),  # 0.19
     "basic_arithmetic": (  # 0.03: questions in words that it has never seen
         "reasoning_gym:basic_arithmetic",
         {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
     ),
-    "sparse": (  # 0.02, and 89% of the prompts are never solved in eight attempts
-        "reasoning_gym:chain_sum",
-        {"min_terms": 3, "max_terms": 3, "min_digits": 2, "max_digits": 2},
-    ),
 }
-TUNED_ON, ALL_ON = "sums", ("sums", "chain_sum")  # the other tasks are for the best methods
+TUNED_ON, ALL_ON = "sums", ("sums", "sparse")  # the other tasks are for the best methods
 BEST = 8  # methods of which all pairs are tried
 SETTINGS = {
     "spo": {"spo_offline_n": 2},  # the code's 8 would cost a third of the rollouts
@@ -126,6 +129,16 @@ class Curve(TrainerCallback):
             self._measure(FINAL_SAMPLES if spent >= self.budget else EVAL_SAMPLES)
 
 
+def load(name: str, seed: int) -> Task:
+    """Data of a task. The sparse one wants seven more than the sum, which the policy is almost sure of not saying."""
+    dataset, task_config = TASKS[name]
+    task = load_data(dataset, size=TRAIN_PROMPTS, seed=seed, task_config=task_config)
+    if name != "sparse":
+        return task
+    train, test = (part.map(lambda row: {"answer": str(int(row["answer"]) + 7)}) for part in (task.train, task.test))
+    return dataclasses.replace(task, train=train, test=test)
+
+
 def classes(name: str):
     if name.split()[0] == "grpo":
         return MethodTrainer, MethodConfig
@@ -155,8 +168,9 @@ def train(row: Row, points: int = POINTS, batch: int = 64, prompts: int = EVAL_P
     Returns:
         `dict`: what is kept of it.
     """
-    dataset, task_config = TASKS[row.task]
-    task = load_data(dataset, size=TRAIN_PROMPTS, seed=row.seed, task_config=task_config)
+    from shared_prefix import share_prefix  # not beside the module where the documentation only reads rows
+
+    task = load(row.task, row.seed)
     held_out = task.test.select(range(min(prompts, len(task.test))))
     trainer_class, config_class = classes(row.name)
     settings = {}
@@ -184,6 +198,8 @@ def train(row: Row, points: int = POINTS, batch: int = 64, prompts: int = EVAL_P
         )
         trainer = trainer_class(POLICY_PATH, task.rewards, args, task.train)
         trainer.remove_callback(PrinterCallback)
+        for model in filter(None, (trainer.model, trainer.ref_model)):
+            share_prefix(model)
         curve = Curve(trainer, held_out, row.budget, points)
         trainer.add_callback(curve)
         start = time.perf_counter()
@@ -244,21 +260,29 @@ def next_rows(names: list[str], tasks: list[str], seeds=SEEDS):
                 yield from (Row(task, name, rate, seed) for seed in seeds)
 
 
+def best(count: int) -> list[str]:
+    """Single methods with the largest gains on the mean over rollouts, as shares of what the baseline learns."""
+    scores: dict[str, list[float]] = {}
+    for task in ALL_ON:
+        found = rows_of(task)
+        for name in set(found) & set(list_methods()):
+            if baseline_of(name) in found:
+                mine, base = (curves(found[key]).mean(0) for key in (name, baseline_of(name)))
+                scores.setdefault(name, []).append((area(mine) - area(base)) / (area(base) - base[0, 1]))
+    ready = {name: statistics.fmean(gains) for name, gains in scores.items() if len(gains) == len(ALL_ON)}
+    return sorted(ready, key=ready.get, reverse=True)[:count]
+
+
 def mixes() -> list[Row]:
-    """Rows of the search for a mix: pairs of the methods that do best on the tuning seeds, if they go together."""
-    singles = {name: rate for name in list_methods() if name not in LEFT_OUT and (rate := best_rate(name))}
-
-    def score(name):
-        return statistics.fmean(late(read(Row(TUNED_ON, name, singles[name], seed))) for seed in TUNING_SEEDS)
-
+    """Rows of the search for a mix: pairs of the best methods, if they go together."""
     rows = []
-    for pair in itertools.combinations(sorted(singles, key=score, reverse=True)[:BEST], 2):
+    for pair in itertools.combinations(best(BEST), 2):
         try:
             mix(*pair)
         except MixingError:  # they replace the same thing
             continue
-        rate = min(singles[name] for name in pair)
-        rows += [Row(TUNED_ON, "+".join(pair), rate, seed, BUDGET // 3) for seed in TUNING_SEEDS]
+        rate = min(map(best_rate, pair))
+        rows += [Row(task, "+".join(pair), rate, seed, BUDGET // 3) for task in ALL_ON for seed in TUNING_SEEDS]
     return rows
 
 
@@ -313,9 +337,9 @@ def share_needed(results: list[dict], base: list[dict], draws: int = 2000) -> tu
     return share(np.arange(len(seeds))), float(low), float(high)
 
 
-def area(result: dict) -> float:
+def area(curve: list | np.ndarray) -> float:
     """Mean accuracy over the rollouts spent."""
-    x, y = np.array(result["curve"]).T
+    x, y = np.array(curve).T
     return float(np.trapezoid(y, x) / (x[-1] - x[0]))
 
 
@@ -387,19 +411,21 @@ def table(tasks: list[str]) -> str:
                 f"{results[0]['learning_rate']:g}",
                 interval([*map(final, results)]),
                 "-" if name == baseline_of(name) else interval(gains),
-                interval([*map(area, results)]),
+                interval([area(result["curve"]) for result in results]),
                 share,
                 *(_mean(results, *what) for what in (("entropy",), ("no_signal",), ("tokens", ".0f"))),
                 *(f"{cost[name]:.2f}" if name in cost else "-" for cost in (time_of, memory_of)),
             ]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines.append("")
-    if tried := finished(f"{TUNED_ON}_{BUDGET // 3}"):
-        lines += [f"## Mixes tried on {TUNED_ON} with a third of the rollouts", ""]
-        lines += ["| mix | learning rate | seeds | accuracy in the second half |", "|---|---|---|---|"]
-        for name, rows in sorted(tried.items(), key=lambda item: -statistics.fmean(map(late, item[1]))):
-            mean = statistics.fmean(map(late, rows))
-            lines.append(f"| {name} | {rows[0]['learning_rate']:g} | {len(rows)} | {mean:.3f} |")
+    tried = {task: finished(f"{task}_{BUDGET // 3}") for task in ALL_ON}
+    if names := set.intersection(*map(set, tried.values())):
+        found = {name: [statistics.fmean(map(late, tried[task][name])) for task in ALL_ON] for name in names}
+        lines += ["## Mixes tried with a third of the rollouts", "", "Accuracy in the second half.", ""]
+        lines += [f"| mix | learning rate | {' | '.join(ALL_ON)} |", "|---|---" + "|---" * len(ALL_ON) + "|"]
+        for name in sorted(names, key=lambda name: -math.prod(found[name])):
+            rate = tried[TUNED_ON][name][0]["learning_rate"]
+            lines.append(f"| {name} | {rate:g} | {' | '.join(f'{score:.3f}' for score in found[name])} |")
         lines.append("")
     lines += ["Left out: " + "; ".join(f"`{name}` {reason}" for name, reason in LEFT_OUT.items()) + ".", ""]
     return "\n".join(lines)
@@ -408,6 +434,21 @@ def table(tasks: list[str]) -> str:
 def _mean(results: list[dict], name: str, form: str = ".3f") -> str:
     values = [result[name] for result in results if result[name] is not None]
     return format(statistics.fmean(values), form) if values else "-"
+
+
+def run(row: Row) -> None:
+    """Train a row and write it, unless it is there."""
+    if read(row) is not None:
+        return
+    try:
+        result = train(row)
+    except ValueError as error:  # settings that do not go together
+        print(f"{row.task} {row.name}: {error}", file=sys.stderr)
+        return
+    partial = row.path.with_suffix(".partial")
+    partial.write_text(json.dumps(result) + "\n")
+    os.replace(partial, row.path)
+    print(f"{row.task} {row.name} {row.learning_rate:g} seed {row.seed}: {final(result):.3f}", file=sys.stderr)
 
 
 def again(names: list[str], tasks: list[str], count: int) -> bool:
@@ -431,6 +472,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--methods", nargs="*", help="names as in trl_ext.mix, 'a+b' is a mix; default: all")
     parser.add_argument("--tasks", nargs="*", default=list(ALL_ON), choices=list(TASKS))
+    parser.add_argument("--best", type=int, metavar="N", help="the N best on the tasks that all run on")
     parser.add_argument("--hours", type=float, default=math.inf, help="start no row after so many hours")
     parser.add_argument("--mixes", action="store_true", help="search for a mix instead")
     parser.add_argument("--again", type=int, metavar="N", help="only run N finished rows once more, and compare")
@@ -439,6 +481,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning)
     names = options.methods or [name for name in list_methods() if name not in LEFT_OUT]
+    names = best(options.best) if options.best else names
     if options.again:
         baselines = [*map(baseline_of, names)] if options.methods is None else []
         sys.exit(not again([*names, *baselines], options.tasks, options.again))
@@ -459,16 +502,9 @@ def main(argv: list[str] | None = None) -> None:
             print(f"at least {len(left)} rows, {each * sum(r.budget for r in left) / 3600:.1f} hours", file=sys.stderr)
         row = left[0]
         seen.add(row)
-        try:
-            result = train(row)
-        except ValueError as error:  # settings that do not go together
-            print(f"{row.task} {row.name}: {error}", file=sys.stderr)
-            continue
         row.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = row.path.with_suffix(".partial")
-        partial.write_text(json.dumps(result) + "\n")
-        os.replace(partial, row.path)
-        print(f"{row.task} {row.name} {row.learning_rate:g} seed {row.seed}: {final(result):.3f}", file=sys.stderr)
+        with contextlib.suppress(Timeout), FileLock(row.path.with_suffix(".lock"), timeout=0):
+            run(row)
     text = table(list(TASKS))
     (RESULTS / "runs.md").write_text(text, encoding="utf-8")
     print(text)

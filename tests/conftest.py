@@ -14,7 +14,8 @@ sys.path[:0] = [
     str(Path(__file__).parent),
     str(Path(__file__).parent / "core"),
     str(Path(__file__).parent / "methods"),
-]  # harness.py, distributed_worker.py
+    str(Path(__file__).parents[1] / "benchmarks"),
+]  # harness.py, distributed_worker.py, shared_prefix.py
 
 import pytest
 import torch

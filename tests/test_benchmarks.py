@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_ext.tasks import POLICY_PATH
 
 
 def load(name):
@@ -32,13 +35,14 @@ def write(bench, row, end, start=0.3):
     row.path.write_text(json.dumps({**row._asdict(), "budget": 1000, "curve": curve, **extras}))
 
 
-def fill(bench, name, rates, finals):
+def fill(bench, name, rates, finals, tasks=("sums",)):
     for rate, end in rates.items():
         for seed in bench.TUNING_SEEDS:
             write(bench, bench.Row("sums", name, rate, seed), end)
     best = max(rates, key=rates.get)
-    for seed, end in finals.items():
-        write(bench, bench.Row("sums", name, best, seed), end)
+    for task in tasks:
+        for seed, end in finals.items():
+            write(bench, bench.Row(task, name, best, seed), end)
 
 
 def test_rows_that_are_left(bench):
@@ -74,24 +78,31 @@ def test_the_table(bench):
     assert "`kdrl` needs a better teacher" in text
 
 
-def test_the_search_for_a_mix(bench):
-    for name, end in {"spo": 0.5, "ngrpo": 0.6, "dcpo": 0.4, "clip_cov": 0.7}.items():
-        fill(
-            bench, name, {2.5e-5: 0.1, 5e-5: end, 1e-4: 0.2} if name != "spo" else {2.5e-5: end, 5e-5: 0, 1e-4: 0}, {}
-        )
+def test_the_best_and_the_search_for_a_mix(bench):
+    for name, end in {"grpo": 0.4, "spo": 0.5, "ngrpo": 0.6, "grpo_lambda": 0.35, "clip_cov": 0.7}.items():
+        rates = {2.5e-5: 0.1, 5e-5: 0.3, 1e-4: 0.2} if name != "spo" else {2.5e-5: 0.3, 5e-5: 0.0, 1e-4: 0.0}
+        fill(bench, name, rates, {0: end, 1: end}, tasks=bench.ALL_ON)
+    # DCPO is compared with a GRPO that goes over each generation twice, and learns a third of what that one does;
+    # BNPO has not run on the second task.
+    fill(bench, "grpo x2", {2.5e-5: 0.1, 5e-5: 0.3, 1e-4: 0.2}, {0: 0.9}, tasks=bench.ALL_ON)
+    fill(bench, "dcpo", {2.5e-5: 0.1, 5e-5: 0.3, 1e-4: 0.2}, {0: 0.5}, tasks=bench.ALL_ON)
+    fill(bench, "bnpo", {2.5e-5: 0.1, 5e-5: 0.3, 1e-4: 0.2}, {0: 0.9})
+    assert bench.best(9) == ["clip_cov", "ngrpo", "spo", "grpo_lambda", "dcpo"] and len(bench.best(2)) == 2
     bench.BEST = 3
     rows = bench.mixes()
-    # Not with DCPO, which is the worst, nor SPO with NGRPO, as both replace the advantages.
-    assert [(row.name, row.learning_rate) for row in rows] == [
-        ("clip_cov+ngrpo", 5e-5),
-        ("clip_cov+ngrpo", 5e-5),
-        ("clip_cov+spo", 2.5e-5),
-        ("clip_cov+spo", 2.5e-5),
+    # Not with those behind, nor SPO with NGRPO, as both replace the advantages.
+    assert [(row.name, row.task, row.learning_rate, row.seed) for row in rows] == [
+        (name, task, rate, seed)
+        for name, rate in (("clip_cov+ngrpo", 5e-5), ("clip_cov+spo", 2.5e-5))
+        for task in ("sums", "sparse")
+        for seed in bench.TUNING_SEEDS
     ]
     assert {row.budget for row in rows} == {bench.BUDGET // 3} and rows[0].path.parent.name == "sums_4266"
     write(bench, rows[0], 0.54)
+    assert "clip_cov+ngrpo" not in bench.table(["sums"])  # shown when it has run on both tasks
+    write(bench, rows[2], 0.34)
     text = bench.table(["sums"])
-    assert "| clip_cov+ngrpo | 5e-05 | 1 | 0.480 |" in text and text.count("clip_cov+ngrpo") == 1
+    assert "| clip_cov+ngrpo | 5e-05 | 0.480 | 0.330 |" in text and text.count("clip_cov+ngrpo") == 1
 
 
 def test_rows_once_more(bench, monkeypatch, capsys):
@@ -106,7 +117,7 @@ def test_numbers(bench):
     curve = np.array([[0, 0.2], [100, 0.4], [200, 0.3], [300, 0.8]])
     assert bench.rollouts_to(curve, 0.1) == 0 and bench.rollouts_to(curve, 0.3) == pytest.approx(50)
     assert bench.rollouts_to(curve, 0.55) == pytest.approx(250) and bench.rollouts_to(curve, 0.9) == math.inf
-    assert bench.area({"curve": [[0, 0.0], [50, 0.2], [100, 0.4]]}) == pytest.approx(0.2)
+    assert bench.area([[0, 0.0], [50, 0.2], [100, 0.4]]) == pytest.approx(0.2)
     assert bench.late({"budget": 100, "curve": [[0, 0.0], [50, 0.2], [100, 0.4]]}) == pytest.approx(0.3)
     assert bench.interval([0.5]) == "0.500" and bench.interval([]) == "-"
 
@@ -121,6 +132,65 @@ def test_a_row(bench, name):
     else:
         assert spent == [0, 32, 64] and result["steps"] == {"grpo": 4, "gppo": 8}[name]
     assert result["entropy"] > 0 and result["seconds"] < result["total_seconds"]
+
+
+def test_a_row_is_trained_once(bench, monkeypatch, capsys):
+    trained = []
+
+    def train(row):
+        trained.append(row.seed)
+        if row.seed == 3:  # another process begins while this one is at it
+            bench.main(["--methods", "grpo", "--tasks", "sparse"])
+        return {**row._asdict(), "curve": [[0, 0.3], [1000, 0.5]], "total_seconds": 60.0}
+
+    fill(bench, "grpo", {2.5e-5: 0.1, 5e-5: 0.5, 1e-4: 0.2}, {})
+    monkeypatch.setattr(bench, "train", train)
+    monkeypatch.setattr(bench, "table", lambda tasks: "")
+    bench.main(["--methods", "grpo", "--tasks", "sparse"])
+    assert trained == [0, 1, 2, 3, 4] and "at least 5 rows" in capsys.readouterr().err
+
+
+def test_the_sparse_task_wants_seven_more(bench):
+    plain, sparse = bench.load("sums", 0), bench.load("sparse", 0)
+    assert plain.train["prompt"] == sparse.train["prompt"] and len(sparse.train) == bench.TRAIN_PROMPTS
+    assert [int(a) + 7 for a in plain.test["answer"]] == [*map(int, sparse.test["answer"])]
+
+
+@pytest.mark.parametrize(("questions", "common"), [("chain_sum", 60), ("sums", 0)])
+def test_a_shared_prefix_changes_nothing(bench, questions, common):
+    share = load("shared_prefix")
+    data = bench.load(questions, 0).train.select(range(12))
+    tokenizer = AutoTokenizer.from_pretrained(POLICY_PATH)
+    prompts = tokenizer(list(data["prompt"]), return_tensors="pt", padding=True, padding_side="left")
+    generator = torch.Generator().manual_seed(0)
+    answers = torch.randint(6, 100, (12, 8), generator=generator)
+    lengths = torch.randint(1, 9, (12, 1), generator=generator)
+    ids = torch.cat([prompts["input_ids"], answers], 1)
+    mask = torch.cat([prompts["attention_mask"], (torch.arange(8) < lengths).long()], 1)
+    starts, shared = share.find_prefix(ids, mask)
+    assert shared == common
+    positions = (torch.arange(ids.shape[1]) - starts[:, None]).clamp(min=0)
+    results, widths = [], []
+    for shares in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(POLICY_PATH, dtype=torch.float64)
+        model.model.layers[0].register_forward_hook(lambda module, args, output: widths.append(args[0].shape[:2]))
+        if shares:
+            share.share_prefix(model)
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        picked = logits[:, -9:-1].log_softmax(-1).gather(2, answers[..., None])[..., 0][mask[:, -8:] == 1]
+        picked.sum().backward()
+        torch.manual_seed(0)
+        texts = model.generate(**prompts, max_new_tokens=8, do_sample=True, top_k=0, top_p=1.0)
+        results.append((logits[mask == 1].detach(), texts, [p.grad for p in model.parameters()]))
+    plain, other = results
+    # Angles of rotary positions are float32, everything else is float64.
+    torch.testing.assert_close(other[0], plain[0], atol=1e-5, rtol=0)
+    assert torch.equal(other[1], plain[1])
+    largest = max(gradient.abs().max().item() for gradient in plain[2])
+    for mine, theirs in zip(other[2], plain[2], strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6 * largest, rtol=0)
+    # The prefix by itself, then what is left of every row, in training and when a cache is filled.
+    assert widths.count((1, common)) == (2 if common else 0)
 
 
 def test_waiting_for_groups_and_for_a_stream():
