@@ -14,12 +14,12 @@ python benchmarks/run.py --again 3          # runs three finished rows once more
 A row is one training: a task, a method, a learning rate, a seed. It is written to `benchmarks/results/runs/` when it
 is finished, so stopping loses at most one, and rows that are there are not run again. Several processes share the
 work: each takes the next row that no other is at. Learning rates are chosen for each method alike, plain GRPO
-included: a small grid on seeds of its own and one task, by the mean held-out accuracy in the second half; everything
-else is the method's default. Methods that act only off-policy go over each generation twice, and are compared with a
-GRPO that does so, too (`grpo x2`). All methods run on two tasks; the best of them, by what they gain on the mean over
-all rollouts there, on the other two. Mixes are searched among the pairs of the best methods, with the smaller of their
-learning rates, on the tuning seeds of the first two tasks at a third of the budget; the best are then run as any
-method, on the tasks that they were not chosen on, too.
+included: a small grid on seeds of its own and one task, by the mean of the held-out accuracy over all rollouts, which
+scatters less than its end; everything else is the method's default. Methods that act only off-policy go over each
+generation twice, and are compared with a GRPO that does so, too (`grpo x2`). All methods run on two tasks; the best of
+them, by what they gain on that mean, on the other two. Mixes are searched among the pairs of the best methods, with
+the smaller of their learning rates, on the tuning seeds of the first two tasks at a third of the budget; the best are
+then run as any method, on the tasks that they were not chosen on, too.
 """
 
 import argparse
@@ -36,6 +36,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -233,19 +234,14 @@ def final(result: dict) -> float:
     return result["curve"][-1][1]
 
 
-def late(result: dict) -> float:
-    """Mean accuracy of the curve's second half, which scatters less than its end."""
-    return statistics.fmean(y for x, y in result["curve"] if 2 * x >= result["budget"])
-
-
 def best_rate(name: str) -> float | None:
-    """The learning rate that is best in the second half; None before all rows of the grid are there."""
+    """The learning rate with the best mean over rollouts; None before all rows of the grid are there."""
     scores = {}
     for rate in GRID:
         found = [read(Row(TUNED_ON, name, rate, seed)) for seed in TUNING_SEEDS]
         if None in found:
             return None
-        scores[rate] = statistics.fmean(map(late, found))
+        scores[rate] = statistics.fmean(map(area, found))
     return max(scores, key=scores.get)
 
 
@@ -266,9 +262,9 @@ def best(count: int) -> list[str]:
     for task in ALL_ON:
         found = rows_of(task)
         for name in set(found) & set(list_methods()):
-            if baseline_of(name) in found:
-                mine, base = (curves(found[key]).mean(0) for key in (name, baseline_of(name)))
-                scores.setdefault(name, []).append((area(mine) - area(base)) / (area(base) - base[0, 1]))
+            if base := found.get(baseline_of(name)):
+                learned = statistics.fmean(area(result) - result["curve"][0][1] for result in base)
+                scores.setdefault(name, []).append(statistics.fmean(gains(found[name], base, area)) / learned)
     ready = {name: statistics.fmean(gains) for name, gains in scores.items() if len(gains) == len(ALL_ON)}
     return sorted(ready, key=ready.get, reverse=True)[:count]
 
@@ -286,12 +282,16 @@ def mixes() -> list[Row]:
     return rows
 
 
+def half_width(values: list[float]) -> float:
+    """Half of the width of a mean's 95% interval over seeds (Student's t)."""
+    return student_quantile(0.95, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def interval(values: list[float]) -> str:
-    """Mean with the half width of its 95% interval over seeds (Student's t)."""
+    """Mean with the half width of its interval."""
     if len(values) < 2:
         return f"{statistics.fmean(values):.3f}" if values else "-"
-    width = student_quantile(0.95, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.fmean(values):.3f} ± {width:.3f}"
+    return f"{statistics.fmean(values):.3f} ± {half_width(values):.3f}"
 
 
 def rollouts_to(curve: np.ndarray, goal: float) -> float:
@@ -337,10 +337,16 @@ def share_needed(results: list[dict], base: list[dict], draws: int = 2000) -> tu
     return share(np.arange(len(seeds))), float(low), float(high)
 
 
-def area(curve: list | np.ndarray) -> float:
+def area(result: dict) -> float:
     """Mean accuracy over the rollouts spent."""
-    x, y = np.array(curve).T
+    x, y = np.array(result["curve"]).T
     return float(np.trapezoid(y, x) / (x[-1] - x[0]))
+
+
+def gains(results: list[dict], base: list[dict], value: Callable[[dict], float]) -> list[float]:
+    """How much more than the baseline a method reaches, seed by seed."""
+    by_seed = {result["seed"]: value(result) for result in base}
+    return [value(result) - by_seed[result["seed"]] for result in results if result["seed"] in by_seed]
 
 
 def rows_of(task: str) -> dict[str, list[dict]]:
@@ -380,6 +386,7 @@ COLUMNS = (
     "accuracy at the end",
     "gain on GRPO",
     "mean over rollouts",
+    "gain on GRPO's mean",
     "rollouts to GRPO's end",
     "entropy",
     "groups without a signal",
@@ -397,21 +404,23 @@ def table(tasks: list[str]) -> str:
         if not (found := rows_of(task)):
             continue
         lines += [f"## {task}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-        for name in sorted(found, key=lambda name: -statistics.fmean(map(final, found[name]))):
+        for name in sorted(found, key=lambda name: -statistics.fmean(map(area, found[name]))):
             results, base = found[name], found.get(baseline_of(name), [])
-            by_seed = {result["seed"]: final(result) for result in base}
-            gains = [final(r) - by_seed[r["seed"]] for r in results if r["seed"] in by_seed]
+            at_end, on_mean = (gains(results, base, value) for value in (final, area))
             share = "-"
-            if gains:
+            if at_end:
                 share, low, high = map(needed, share_needed(results, base))
                 share += f" ({low} to {high})"
+            if results is base:
+                at_end = on_mean = []
             cells = [
                 name,
                 len(results),
                 f"{results[0]['learning_rate']:g}",
                 interval([*map(final, results)]),
-                "-" if name == baseline_of(name) else interval(gains),
-                interval([area(result["curve"]) for result in results]),
+                interval(at_end),
+                interval([*map(area, results)]),
+                interval(on_mean),
                 share,
                 *(_mean(results, *what) for what in (("entropy",), ("no_signal",), ("tokens", ".0f"))),
                 *(f"{cost[name]:.2f}" if name in cost else "-" for cost in (time_of, memory_of)),
@@ -420,8 +429,8 @@ def table(tasks: list[str]) -> str:
         lines.append("")
     tried = {task: finished(f"{task}_{BUDGET // 3}") for task in ALL_ON}
     if names := set.intersection(*map(set, tried.values())):
-        found = {name: [statistics.fmean(map(late, tried[task][name])) for task in ALL_ON] for name in names}
-        lines += ["## Mixes tried with a third of the rollouts", "", "Accuracy in the second half.", ""]
+        found = {name: [statistics.fmean(map(area, tried[task][name])) for task in ALL_ON] for name in names}
+        lines += ["## Mixes tried with a third of the rollouts", "", "Mean accuracy over the rollouts.", ""]
         lines += [f"| mix | learning rate | {' | '.join(ALL_ON)} |", "|---|---" + "|---" * len(ALL_ON) + "|"]
         for name in sorted(names, key=lambda name: -math.prod(found[name])):
             rate = tried[TUNED_ON][name][0]["learning_rate"]

@@ -481,6 +481,37 @@ def draw_runs(slug: str, path: Path) -> bool:
     return True
 
 
+def draw_gains(path: Path) -> None:
+    """Draw what every method and mix gains on GRPO's mean over rollouts, with 95% intervals, a column per task."""
+    from matplotlib.figure import Figure
+
+    run, tasks = comparison(), rows_of_runs()
+    gains = {
+        task: {
+            name: run.gains(rows, base, run.area)
+            for name, rows in found.items()
+            if name != run.baseline_of(name) and (base := found.get(run.baseline_of(name)))
+        }
+        for task, found in tasks.items()
+    }
+    gains = {task: {name: values for name, values in some.items() if len(values) > 1} for task, some in gains.items()}
+    first = next(iter(gains.values()))
+    names = sorted(first, key=lambda name: sum(first[name]) / len(first[name]))
+    names = [*sorted({name for some in gains.values() for name in some} - set(names)), *names]
+    figure = Figure(figsize=(3.2 + 2.4 * len(gains), 1 + 0.22 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(gains), squeeze=False, sharey=True)[0]
+    for axes, (task, some) in zip(panels, gains.items(), strict=True):
+        axes.axvline(0, color="gray", linewidth=0.8)
+        for row, name in enumerate(names):
+            if values := some.get(name):
+                mean, width = sum(values) / len(values), run.half_width(values)
+                clear = abs(mean) > width
+                axes.errorbar(mean, row, xerr=width, fmt="o", markersize=4, color="C0" if clear else "silver")
+        axes.set(title=task, xlabel="gain in accuracy", yticks=range(len(names)), yticklabels=names)
+        axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
 def evidence_page(found: list[Method]) -> str:
     """What every method's argument rests on, and whether it showed."""
     records = {method.slug: results_of(method.slug).values() for method in found}
@@ -504,6 +535,7 @@ def evidence_page(found: list[Method]) -> str:
     if rows_of_runs():
         run = comparison()
         lines += ["", "## Against plain GRPO at equal rollouts { #runs }", "", *part_of_module(run), ""]
+        lines += ["![What methods gain on GRPO](gains.svg)", "", "Blue: the interval leaves out 0.", ""]
         lines += run.table(list(run.TASKS)).replace("\n## ", "\n### ").splitlines()[4:]
     return "\n".join(lines) + "\n"
 
@@ -724,6 +756,8 @@ def generate(folder: Path) -> list:
         for stem, record in results_of(method.slug).items():
             draw(record["numbers"], folder / "methods" / f"{stem}.svg")
         draw_runs(method.slug, folder / "methods" / f"{method.slug}_runs.svg")
+    if rows_of_runs():
+        draw_gains(folder / "gains.svg")
     shutil.copy(HERE / "step.svg", folder / "step.svg")
     shutil.copytree(HERE / "theme", folder / "theme", dirs_exist_ok=True)
     running = [{"Running": "running.md"}, {"Recipes": "recipes.md"}, {"Callbacks": "callbacks.md"}]

@@ -103,6 +103,8 @@ def trained(names, model, monkeypatch, watch=None, **settings):
         **settings,
     }
     data = Dataset.from_list([{"prompt": [{"role": "user", "content": f"{i}+1="}]} for i in range(8)])
+    if "scaf_grpo" in names:
+        data = data.add_column("solution", [["add"]] * 8)
     trainer = Watching(model, used_the_tool, config_class("run", **settings), data, environment_factory=Adder)
     before = {name: p.clone() for name, p in parameters(trainer).items()}
     trainer.train()
@@ -156,3 +158,8 @@ def test_steps_are_the_turns(model, monkeypatch):
     _, seen = trained(["empg"], model, monkeypatch)
     for rollouts in seen:
         assert step_numbers(rollouts.mask).max(1).values.tolist() == answers(rollouts)
+
+
+def test_hints_have_no_environment(model, monkeypatch):
+    with pytest.raises(ValueError, match="`environment_factory` is set, but Scaf-GRPO"):
+        trained(["scaf_grpo"], model, monkeypatch)

@@ -299,6 +299,7 @@ def test_runs_are_on_the_pages(site):
             end = run.interval([run.final(row) for row in found[slug]])
             assert f"- `{task}`: {end} of the held-out prompts at the end" in page and f"| {slug} | " in table
             assert f"]({slug}_runs.svg)" in page and (site[0] / f"methods/{slug}_runs.svg").is_file()
+    assert "](gains.svg)" in table and "knapsack_rl" in (site[0] / "gains.svg").read_text(encoding="utf-8")
     for slug, reason in run.LEFT_OUT.items():
         assert reason in (site[0] / f"methods/{slug}.md").read_text(encoding="utf-8")
 

@@ -8,6 +8,7 @@ from trl_ext.core.rollouts import (
     Scored,
     group_advantages,
     group_table,
+    nonzero,
     normalized_sum_advantages,
     prompt_visits,
     weighted_sum,
@@ -95,6 +96,32 @@ def test_normalized_sum_with_unequal_groups():
     total = torch.cat(parts).sum(1)
     expected = (total - total.mean()) / (total.std() + 1e-4)
     assert torch.allclose(normalized_sum_advantages(matrix, torch.ones(2), ids), expected, atol=1e-6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 4), st.integers(2, 5), st.integers(1, 3), st.integers(0, 10_000))
+def test_normalized_sum_of_partly_unscored_rows_is_trls(m, g, k, seed):
+    """A lone score of its group has no standard deviation, and its rollout counts in the batch with 0."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(m * g, k, generator=generator, dtype=torch.float64)
+    rewards[torch.rand(m * g, k, generator=generator) < 0.5] = NAN
+    weights = torch.rand(k, generator=generator, dtype=torch.float64)
+    table = rewards.view(m, g, k)
+    scaled = (table - torch.nanmean(table, dim=1, keepdim=True)) / (nanstd(table, dim=1, keepdim=True) + 1e-4)
+    total = (scaled.view(-1, k) * weights).nansum(dim=1)
+    total[rewards.isnan().all(dim=1)] = NAN
+    expected = ((total - torch.nanmean(total)) / (nanstd(total) + 1e-4)).nan_to_num(nan=0.0)
+    ids = torch.arange(m).repeat_interleave(g)
+    assert torch.equal(normalized_sum_advantages(rewards, weights, ids), expected)
+
+
+def test_without_rollouts():
+    none, ids = torch.zeros(0), torch.zeros(0, dtype=torch.long)
+    assert zero_signal(none, ids).shape == group_advantages(none, ids).shape == (0,)
+
+
+def test_shares_below_one_are_divisors():
+    assert nonzero(torch.tensor([0.0, 0.25, 3.0])).tolist() == [1, 0.25, 3] and nonzero(0) == 1
 
 
 def test_one_rollout_per_group_gives_zero():

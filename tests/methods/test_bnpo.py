@@ -4,9 +4,9 @@ from harness import build, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_ext import BNPOConfig, BNPOTrainer
+from trl_ext import BNPOConfig, BNPOTrainer, mix
 from trl_ext.core.rollouts import group_advantages
-from trl_ext.methods.bnpo import beta_density, beta_parameters, bnpo_advantages
+from trl_ext.methods.bnpo import beta_density, beta_parameters, bnpo_advantages, success_rates
 
 
 def groups(*rewards):
@@ -56,6 +56,27 @@ def test_decomposition_in_the_trainer():
     rewards = [lambda completions, **kw: accuracy, lambda completions, **kw: form]
     settings = {"rewards": rewards, "per_device_train_batch_size": 12, "max_steps": 1}
     assert train(Checking, beta_norm_decompose=True, **settings).checked
+
+
+def test_the_fit_is_to_all_groups_also_to_those_that_are_replaced():
+    class Checking(mix("bnpo", "dynamic_sampling").Trainer):
+        def compute_advantages(self, rollouts):
+            advantages, everything = super().compute_advantages(rollouts), rollouts.everything
+            rates, _ = success_rates(everything.raw_rewards.double(), everything.group_ids)
+            parameters = beta_parameters(rates)
+            expected = bnpo_advantages(rollouts.rewards.double(), rollouts.group_ids, parameters=parameters)
+            assert torch.allclose(advantages, expected.float())
+            own = bnpo_advantages(rollouts.rewards.double(), rollouts.group_ids)
+            self.differ = getattr(self, "differ", False) or not torch.allclose(own, expected)
+            self.alphas = [*getattr(self, "alphas", []), parameters[0].item()]
+            return advantages
+
+    def often_failed(prompts, completions, **kwargs):
+        return [float(p[0] in "13579" and i % 3 == 0) for i, p in enumerate(prompts)]
+
+    trainer = train(Checking, per_device_train_batch_size=16, rewards=often_failed)
+    logged = [log["bnpo/alpha"] for log in trainer.state.log_history if "bnpo/alpha" in log]
+    assert trainer.differ and logged == pytest.approx(trainer.alphas)
 
 
 def test_fixed_parameters_recover_known_methods():

@@ -99,12 +99,21 @@ def test_useful_share_is_the_cards():
 
 def test_in_a_run():
     class Checking(D3STrainer):
+        def select_rollouts(self, rollouts):
+            self.chosen, (n_keep, _) = super().select_rollouts(rollouts), self._d3s_now(rollouts)
+            expected = d3s_select(rollouts.advantages, rollouts.group_ids, rollouts.scored, n_keep, max(2, 2 * n_keep))
+            assert torch.equal(self.chosen, expected)
+            self.kept = [*getattr(self, "kept", []), int(self.chosen.sum())]
+            return self.chosen
+
+        def token_mask(self, rollouts):
+            self.left = super().token_mask(rollouts)
+            return self.left
+
         def observe(self, rollouts):
             super().observe(rollouts)
-            n_keep, _ = self._d3s_now(rollouts)
-            expected = d3s_select(rollouts.advantages, rollouts.group_ids, rollouts.scored, n_keep, max(2, 2 * n_keep))
-            assert torch.equal(rollouts.selected, expected)
-            self.kept = [*getattr(self, "kept", []), int(rollouts.selected.sum())]
+            assert torch.equal(rollouts.selected, self.left.any(1))  # of some chosen ones no token is
+            assert not (rollouts.selected & ~self.chosen).any()
 
         def _compute_loss(self, model, inputs):
             self.tokens = [*getattr(self, "tokens", []), int((inputs["completion_mask"] * inputs["tool_mask"]).sum())]
@@ -116,11 +125,18 @@ def test_in_a_run():
     assert trainer.tokens[0] < trainer.tokens[-1]
 
 
+@pytest.mark.parametrize("scale", [1.0, 1499.7, 1e12])
+def test_ties_are_those_of_the_rule_at_any_scale(scale):
+    equal, every = torch.full((3,), scale, dtype=torch.float64), torch.ones(3, dtype=torch.bool)
+    assert max_variance_subset(equal, every, 2).tolist() == [False, True, True]  # none of the lower ones
+
+
 def test_unscored_rollouts_are_never_kept():
     class Checking(D3STrainer):
-        def observe(self, rollouts):
-            super().observe(rollouts)
-            assert not rollouts.selected[::2].any() and rollouts.selected[1::2].all()
+        def select_rollouts(self, rollouts):
+            selected = super().select_rollouts(rollouts)
+            assert not selected[::2].any() and selected[1::2].all()
+            return selected
 
     train(
         Checking, d3s_n_init=4, rewards=lambda completions, **kw: [None if i % 2 == 0 else float(i) for i in range(8)]

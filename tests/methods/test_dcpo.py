@@ -223,6 +223,7 @@ def test_parts_can_be_switched_off():
 
 def test_bad_input():
     for name, value in {
+        "num_generations": 1,
         "dcpo_eps_low": 0.0,
         "dcpo_eps_high": -0.1,
         "dcpo_ratio_max": 1.0,

@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import pytest
 import torch
 from harness import arithmetic, train, train_mix
@@ -16,6 +18,25 @@ def test_worked_sequence():
     first, deficits = draw_by_deficit(zero, target, 2)
     second, _ = draw_by_deficit(deficits, target, 3)
     assert first.tolist() + second.tolist() == [0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("weights", [[1, 1, 1], [7, 2, 1], [2, 2, 1], [1] * 24, [1] * 1000])
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_equal_deficits_go_to_the_lower_row_whatever_their_rounding(weights, size):
+    target = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    deficits, drawn = torch.zeros_like(target), []
+    exact, expected = [Fraction(0)] * len(weights), []
+    for _ in range(2 * len(weights)):
+        rows, deficits = draw_by_deficit(deficits, target, size)
+        drawn += rows.tolist()
+        for _ in range(size if len(weights) < 1000 else 0):
+            exact = [deficit + Fraction(weight, sum(weights)) for deficit, weight in zip(exact, weights, strict=True)]
+            expected.append(exact.index(max(exact)))
+            exact[expected[-1]] -= 1
+    if len(weights) < 1000:
+        assert drawn == expected
+    else:  # one after another
+        assert drawn == [i % 1000 for i in range(len(drawn))]
 
 
 def test_worked_positive_variances():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from harness import build, difference, train
 
-from trl_ext import DisCOConfig, DisCOTrainer, MethodTrainer
+from trl_ext import DisCOConfig, DisCOTrainer, MethodTrainer, mix
 from trl_ext.core.rollouts import group_advantages
 from trl_ext.methods.disco import disco_objective, disco_penalty, disco_scores
 
@@ -103,11 +103,35 @@ def test_in_a_run():
     assert other.state.log_history[0]["disco/valid_questions"] == 0
 
 
+def test_rows_that_fill_up_a_micro_batch_are_no_question():
+    class Watching(mix("disco", "d3s").Trainer):
+        def aggregate_loss(self, per_token_loss, tokens):
+            real = tokens.group_ids >= 0
+            assert torch.equal(real, tokens.mask.any(1))
+            rows = [part[real] for part in (tokens.logps, tokens.old_logps, tokens.mask)]
+            rewards, groups = tokens.rewards[real], tokens.group_ids[real]
+            objective = disco_objective(disco_scores(*rows), rewards == 1, rewards == 0, groups)
+            penalty, _ = disco_penalty(tokens.logps, tokens.old_logps, tokens.mask)
+            loss = super().aggregate_loss(per_token_loss, tokens)
+            assert loss.item() == pytest.approx((penalty - objective).item(), abs=1e-6)
+            self.filled = getattr(self, "filled", 0) + int((~real).sum())
+            return loss
+
+    trainer = train(
+        Watching, per_device_train_batch_size=8, gradient_accumulation_steps=2, d3s_n_init=2, num_generations=4
+    )
+    assert trainer.filled > 0
+
+
 def test_bad_input():
     for name, value in {"disco_objective": "typo", "disco_tau": 0.0, "disco_beta": -1.0, "disco_delta": -1.0}.items():
         with pytest.raises(ValueError, match=f"`{name}` must be"):
             DisCOConfig("unused", use_cpu=True, bf16=False, **{name: value})
-    for name, value in {"importance_sampling_level": "sequence", "off_policy_mask_threshold": 0.1}.items():
+    for name, value in {
+        "importance_sampling_level": "sequence",
+        "off_policy_mask_threshold": 0.1,
+        "vllm_importance_sampling_correction": True,  # off by default, unlike TRL's
+    }.items():
         with pytest.raises(ValueError, match=f"`{name}` is"):
             build(DisCOTrainer, **{name: value})
     with pytest.raises(ValueError, match="per_device_train_batch_size"):

@@ -246,6 +246,23 @@ def test_stopped_and_resumed(stop, tmp_path):
     assert torch.equal(whole.epo_sums, resumed.epo_sums)
 
 
+def test_rollouts_of_which_no_token_is_trained_on_are_not_counted():
+    class Watching(mix("epo", "d3s").Trainer):
+        def regularizers(self, tokens):
+            self.counts = [*getattr(self, "counts", []), (tokens.carried["epo/count"], tokens.mask.any(1).sum())]
+            return super().regularizers(tokens)
+
+    trainer = train(Watching, d3s_n_init=4, d3s_k_init=0.1, max_completion_length=8)
+    assert all(count == rows for count, rows in trainer.counts) and min(rows for _, rows in trainer.counts) < 8
+
+
+def test_a_schedule_that_is_given_is_that_of_a_resumed_run(tmp_path):
+    settings = {"out": tmp_path, "save_strategy": "steps", "save_steps": 2}
+    train(EPOTrainer, max_steps=2, **settings)
+    longer = train(EPOTrainer, max_steps=4, resume=str(tmp_path / "checkpoint-2"), epo_total_steps=50, **settings)
+    assert longer.epo_total_steps == 50
+
+
 def test_shares_of_several_processes_add_up():
     trainer = build(EPOTrainer)
     for share in ([1.5, 3.0], [2.0, 4.0]):

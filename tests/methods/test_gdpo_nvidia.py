@@ -158,6 +158,19 @@ def test_a_missing_reward_as_zero(rows, batch_norm):
     assert torch.equal(found, gdpo_advantages(rewards.nan_to_num(nan=0.0), ONES, ids, batch_norm, lengths=lengths))
 
 
+def test_the_share_of_flat_groups_is_that_of_what_is_trained_on():
+    def first(completions, **kwargs):
+        return [1.0 if i % 4 == 0 else None for i in range(len(completions))]
+
+    def varied(completions, **kwargs):
+        return [float(i) for i in range(len(completions))]
+
+    settings = {"max_steps": 1, "reward_weights": [1.0, 0.0]}
+    for missing, share in {"zero": 0.0, "ignore": 1.0}.items():
+        trainer = train(GDPONvidiaTrainer, rewards=[first, varied], gdpo_missing=missing, **settings)
+        assert trainer.state.log_history[0]["gdpo_nvidia/flat"] == share
+
+
 class TestRuns:
     SETTINGS = {"rewards": [even, third], "per_device_train_batch_size": 16, "max_steps": 2}
 

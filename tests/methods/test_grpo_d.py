@@ -82,6 +82,14 @@ def test_a_resumed_run_keeps_its_schedule(tmp_path):
     assert betas == pytest.approx([kl_beta(step, 4, 0.0, 0.5) for step in range(8)])
 
 
+def test_a_schedule_that_is_given_is_that_of_a_resumed_run(tmp_path):
+    settings = {"out": tmp_path, "save_strategy": "steps", "save_steps": 2, "kl_beta_max": 0.5}
+    train(GRPODTrainer, max_steps=2, **settings)
+    resumed = str(tmp_path / "checkpoint-2")
+    longer = train(GRPODTrainer, max_steps=4, resume=resumed, kl_total_steps=8, **settings)
+    assert longer.state.log_history[3]["grpo_d/beta"] == pytest.approx(kl_beta(3, 8, 0.0, 0.5))
+
+
 def test_evaluation_uses_the_current_weight():
     trainer = build(GRPODTrainer, eval_dataset=arithmetic().select(range(4)), kl_beta_max=0.5)
     trainer.evaluate()
@@ -105,5 +113,6 @@ def test_bad_input():
             GRPODConfig("unused", use_cpu=True, bf16=False, **{name: value})
     with pytest.raises(ValueError, match="`kl_beta_max` must be at least kl_beta_min"):
         GRPODConfig("unused", use_cpu=True, bf16=False, kl_beta_min=0.5)
-    with pytest.raises(TypeError, match="D3S masks tokens"):
-        mix("grpo_d", "d3s")
+    for name, reason in {"d3s": "D3S masks tokens", "gtpo": "works without a KL term", "kdrl": "its teacher"}.items():
+        with pytest.raises(TypeError, match=reason):
+            mix("grpo_d", name)

@@ -195,6 +195,10 @@ def test_bad_input():
     trainer, config = mix("gvm", "bnpo")
     with pytest.raises(ValueError, match="'raft' brings its own advantages, and so does BNPOTrainer"):
         build(trainer, config, gvm_loss="raft")
+    trainer, config = mix("gvm", "d3s")
+    assert build(trainer, config)
+    with pytest.raises(ValueError, match="D3S selects rollouts by the variance"):
+        build(trainer, config, gvm_loss="raft")
     with pytest.warns(UserWarning, match="`gvm_max_accept` leaves rollouts to prompts that are always solved"):
         build(GVMTrainer)
     with pytest.raises(MixingError, match="both replace `prompt_budgets`"):

@@ -154,6 +154,21 @@ def test_the_run_follows_the_equations(loss_type):
     assert any(math.fabs(log["loss"]) > 1e-3 for log in trainer.state.log_history if "loss" in log)
 
 
+def test_the_share_of_clipped_tokens_is_that_of_all():
+    class Moved(HighEntropyTokensTrainer):
+        def log_ratio(self, tokens):
+            return super().log_ratio(tokens) + 1.0  # a ratio of e everywhere
+
+        def token_weights(self, tokens):
+            self.raised = ((tokens.advantages > 0) * tokens.mask).sum() / tokens.mask.sum()
+            return super().token_weights(tokens)
+
+    trainer = train(Moved, max_steps=1, **LIVELY)
+    assert 0 < trainer.raised < 1
+    found = trainer.state.log_history[0]["high_entropy_tokens/clipped"]
+    assert found == pytest.approx(trainer.raised.item())
+
+
 def test_trls_mask_is_another_normaliser():
     """With TRL's normaliser and its treatment of ties it is TRL's own mask, else the gradient is larger."""
     common = {

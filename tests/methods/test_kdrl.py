@@ -116,6 +116,46 @@ def test_the_update_does_not_depend_on_the_split(teacher, norm):
     assert difference(whole, split) < 1e-6
 
 
+def test_few_kept_tokens_are_divided_by_their_number(teacher):
+    """One wrong answer in eight micro-batches: less than one kept token for some."""
+    rewards = lambda completions, **kw: [float(i > 0) for i in range(len(completions))]  # noqa: E731
+    settings = {"kd_teacher": teacher, "kd_beta_init": 0.5, "kd_mask": "response", "kd_mask_norm": "kept"}
+    settings |= {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1, "rewards": rewards}
+    whole = train(KDRLTrainer, **settings)
+    split = train(KDRLTrainer, per_device_train_batch_size=1, gradient_accumulation_steps=8, **settings)
+    assert whole.state.log_history[0]["kd/loss"] > 0 and difference(whole, split) < 1e-6
+
+
+def test_another_end_token_of_the_teacher_is_left_out(teacher, tmp_path):
+    class Watching(KDRLTrainer):
+        def regularizers(self, tokens):
+            found = super().regularizers(tokens)
+            ends = (tokens.token_ids == self._tokenizer.eos_token_id) & tokens.mask.bool()
+            self.ends = ends.sum()
+            (gradient,) = torch.autograd.grad(found["kd/loss"], tokens.logps, retain_graph=True)
+            self.moved, self.others = (gradient[ends] != 0).sum(), (gradient[tokens.mask.bool() & ~ends] != 0).sum()
+            return found
+
+    shutil.copytree(teacher, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.eos_token = "<|unk|>"
+    tokenizer.save_pretrained(tmp_path / "other")
+    other = train(Watching, kd_teacher=str(tmp_path / "other"), max_completion_length=8, max_steps=1)
+    same = train(Watching, kd_teacher=teacher, max_completion_length=8, max_steps=1)
+    assert other.ends > 0 and other.moved == 0 and other.others > 0
+    assert same.moved == same.ends > 0
+
+
+def test_ratios_that_k3_cuts_are_logged(teacher):
+    class Far(KDRLTrainer):
+        def frozen_logps(self, rollouts, model=None):
+            logps = super().frozen_logps(rollouts, model)
+            return torch.where(torch.arange(len(logps)).unsqueeze(1) < 4, -29.0, logps)
+
+    trainer = train(Far, kd_teacher=teacher, kd_estimator="k3", max_steps=1)
+    assert 0.2 < trainer.state.log_history[0]["kd/far"] < 0.8
+
+
 def test_bad_input(teacher, tmp_path):
     with pytest.raises(ValueError, match="`kd_teacher` must be given"):
         build(KDRLTrainer)

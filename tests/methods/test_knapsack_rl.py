@@ -153,6 +153,16 @@ def test_rare_successes_are_clipped():
     assert math.isfinite(trainer.state.log_history[0]["knapsack/clipped_advantage"])
 
 
+def test_an_answer_that_was_cut_off_is_a_failure():
+    settings = {"rewards": lambda completions, **kw: [1.0] * len(completions), "max_completion_length": 1}
+    settings |= {"temperature": 3.0, "max_steps": 1}
+    trainer = train(KnapsackRLTrainer, **settings)
+    seen = trainer.knapsack_counts > 0
+    assert seen.any() and (trainer.knapsack_rates[seen] < 0.5).all()
+    masked = train(KnapsackRLTrainer, mask_truncated_completions=True, **settings)
+    assert masked.knapsack_counts.sum() < 4  # not counted at all
+
+
 def test_rates_that_are_almost_0_or_1():
     """1 - p is 1 where p is tiny."""
     assert sum(knapsack_budgets([1e-17, 0.5, 1 - 1e-16], 8)) == 24

@@ -30,7 +30,18 @@ def test_worked_example():
 def test_worked_example_of_the_token_gate():
     loss, gradient = loss_and_gradient("token")
     assert loss == pytest.approx(0.1, abs=1e-6)
-    assert gradient[1, 0].item() == pytest.approx(-0.028571, abs=1e-6)
+    expected = torch.zeros(3, 4, dtype=torch.float64)
+    expected[[0, 0, 1], [0, 3, 0]] = -0.028571  # not where nothing has moved
+    assert torch.allclose(gradient, expected, atol=1e-6)
+
+
+def test_nothing_is_penalised_that_has_not_moved():
+    logps = torch.tensor([[-1.5, -1.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    llds_loss(logps, torch.full((1, 3), -1.0).double(), torch.ones(1, 3), torch.tensor([True])).backward()
+    assert torch.allclose(logps.grad, torch.tensor([[-1 / 3, 0, 0]], dtype=torch.float64))
+    rewards = lambda completions, **kw: [1.0] * len(completions)  # noqa: E731
+    log = train(LLDSTrainer, rewards=rewards, llds_gate="token", num_iterations=2, max_steps=1).state.log_history[0]
+    assert log["llds/preserved"] == 1 and log["grad_norm"] == 0
 
 
 def test_worked_example_of_the_answer_weight():
@@ -60,6 +71,14 @@ def test_nothing_to_preserve_is_a_connected_zero():
     loss = llds_loss(logps, OLD, MASK, torch.zeros(3, dtype=torch.bool))
     loss.backward()
     assert loss == 0 and (logps.grad == 0).all()
+
+
+def test_a_share_of_a_token_is_divided_by():
+    """In a generation of many micro-batches a few preserved tokens are less than one for each."""
+    logps = torch.tensor(NEW, dtype=torch.float64)
+    found = llds_loss(logps, OLD, MASK, PRESERVED, count=torch.tensor(0.5))
+    assert found.item() == pytest.approx(0.6 / 0.5)
+    assert llds_loss(logps, OLD, MASK, torch.zeros(3, dtype=torch.bool), count=torch.tensor(0.0)) == 0
 
 
 SETTINGS = {"num_iterations": 2, "max_steps": 4, "learning_rate": 1e-2}
@@ -112,6 +131,20 @@ def test_answers():
     trainer.answer_mask = torch.ones_like
     trainer.train()  # without tool calls the schedule gives answers no weight, and here all is answer
     assert all(log["llds/loss"] == 0 for log in trainer.state.log_history[:-1])
+
+
+def test_every_output_of_a_tool_is_a_call():
+    class Checking(LLDSTrainer):
+        def carry(self, rollouts):
+            masks = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1], [1, 1, 1, 1]]).repeat(2, 1)
+            rollouts = rollouts.replace(completion_mask=torch.ones_like(masks), mask=masks)
+            assert super().carry(rollouts)["llds/calls"] == (1 + 1 + 2 + 0) / 4  # also of the one that ends with it
+            raise StopIteration
+
+    trainer = build(Checking, llds_answer_weight="schedule", num_iterations=2)
+    trainer.answer_mask = torch.ones_like
+    with pytest.raises(StopIteration):
+        trainer.train()
 
 
 def test_bad_input():

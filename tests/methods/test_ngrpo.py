@@ -40,6 +40,16 @@ def test_groups_of_largest_rewards_and_of_one():
     assert ngrpo_advantages(*one_group(nan, nan)).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("size", "reward"), [(8, 0.7), (8, 0.9), (16, 1.3), (7, 0.1)])
+def test_equal_rewards_are_no_signal_whatever_their_rounding(size, reward, dtype):
+    rewards, ids = torch.full((size,), reward, dtype=dtype), torch.zeros(size, dtype=torch.long)
+    assert (ngrpo_advantages(rewards, ids, reward) == 0).all()
+    assert (ngrpo_advantages(rewards, ids, num_virtual=0) == 0).all()
+    nearly = rewards + torch.linspace(0, 5e-7, size)  # weighted sums that differ by their rounding
+    assert all_maximal(nearly, ids, reward).all() and (ngrpo_advantages(nearly, ids, reward) == 0).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=2, max_size=8))
 def test_the_sum_is_never_positive_and_without_imaginary_rollouts_it_is_grpo(rewards):

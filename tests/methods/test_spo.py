@@ -36,6 +36,27 @@ def test_initial_counts():
     assert close(alpha, f64(0.5)) and close(beta, f64(0.5))
 
 
+def test_initial_counts_are_exact():
+    alpha, beta = spo_initial_counts(f64(0), f64(8), 0.97)
+    assert (alpha + beta).item() == pytest.approx(1 / 0.03, abs=1e-12)
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+@pytest.mark.parametrize("value", [1 / 18, 0.0439, 1 / 6, 0.4424, 0.8333])
+def test_equal_distances_are_no_signal_whatever_their_rounding(reward, value):
+    for size in (8, 48, 64, 512, 1024):
+        rewards = torch.full((size,), reward)
+        assert (spo_advantages(rewards, torch.full((size,), value, dtype=torch.float64)) == 0).all()
+        assert (spo_advantages(rewards, torch.full((size,), value)) == 0).all()
+
+
+def test_a_batch_in_which_all_fail_at_equal_odds_changes_nothing():
+    trainer = train(
+        SPOTrainer, rewards=lambda completions, **kw: [0.0] * len(completions), spo_offline_n=2, max_steps=1
+    )
+    assert trainer.state.log_history[0]["grad_norm"] == 0
+
+
 def test_advantages():
     found = spo_advantages(f64(1, 0, 1, 1), f64(0.25, 0.75, 0.5, 0.9))
     assert close(found, f64(0.913223, -1.369835, 0.532714, -0.076102))
@@ -147,7 +168,10 @@ def test_unscored_rollouts_leave_everything_as_it_was():
             assert all(self.spo_stored.get(row) is before[1].get(row) for row in unscored.tolist())
             assert (rollouts.advantages[1::2] == 0).all()
 
-    train(Checking, rewards=sometimes, spo_offline_n=0)
+    trainer = train(Checking, rewards=sometimes, spo_offline_n=0)
+    assert trainer.state.log_history[0]["spo/rho"] > 0
+    nothing = train(SPOTrainer, rewards=lambda completions, **kw: [None] * len(completions), spo_offline_n=0)
+    assert "spo/rho" not in nothing.state.log_history[0] and nothing.state.log_history[0]["spo/visited"] == 0
 
 
 def test_stored_rollouts_are_small():
@@ -168,7 +192,7 @@ def test_answers_to_a_changed_prompt_are_no_evidence():
             return torch.tensor([8, 1, 2, 3, 4, 5, 6, 7])
 
     trainer = train(Hinting, spo_offline_n=0, max_steps=1)
-    assert trainer.spo_visits.sum() == 7 and not trainer.spo_visits[3]
+    assert trainer.spo_visits.sum() == 8 and not trainer.spo_visits[3]  # the answer in its place counts as well
 
 
 def test_groups_share_a_baseline():

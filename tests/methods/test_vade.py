@@ -94,7 +94,7 @@ def halves():
 
 def test_solved_prompts_are_left_alone():
     data = halves()
-    trainer = train(VADETrainer, data=data, rewards=easy_or_hard, max_steps=20)
+    trainer = train(VADETrainer, data=data, rewards=easy_or_hard, max_steps=20, max_completion_length=8)
     solved = torch.tensor(list(map(is_easy, data["prompt"])))
     visits = trainer.vade_visits.double()
     assert visits.sum() == 40 and visits[~solved].mean() > 3 * visits[solved].mean()
@@ -131,6 +131,16 @@ def test_unscored_prompts_count_as_not_chosen():
         VADETrainer, rewards=lambda completions, **kw: [None] * len(completions), vade_init=1.0, max_steps=2
     )
     assert trainer.vade_alpha.tolist() == pytest.approx([0.999**2] * 24) and not trainer.vade_visits.any()
+
+
+def test_an_answer_that_was_cut_off_is_a_failure():
+    settings = {"rewards": lambda completions, **kw: [1.0] * len(completions), "max_completion_length": 1}
+    settings |= {"temperature": 3.0, "max_steps": 1}
+    trainer = train(VADETrainer, vade_init=1.0, **settings)
+    seen = trainer.vade_visits > 0
+    assert seen.any() and (trainer.vade_beta[seen] > trainer.vade_alpha[seen]).all()
+    masked = train(VADETrainer, vade_init=1.0, mask_truncated_completions=True, **settings)
+    assert (masked.vade_beta <= 1).all()  # not counted at all
 
 
 def test_bad_input():

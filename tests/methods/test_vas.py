@@ -174,6 +174,15 @@ def test_online_scores_are_those_of_the_training_groups():
     assert (tds > 0).all() and torch.allclose(trainer.vas_known[0, seen], 0.8 * trainer.vas_known[1, seen] + 0.2 * tds)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_answer_that_was_cut_off_is_wrong_and_counts_as_a_trajectory(masked):
+    settings = {"rewards": lambda completions, **kw: [1.0] * len(completions), "max_completion_length": 3}
+    settings |= {"temperature": 20.0, "max_steps": 1, "vas_diversity": "edit", "vas_scoring": "online"}
+    trainer = train(VASTrainer, mask_truncated_completions=masked, **settings)
+    seen = ~trainer.vas_known[0].isnan()
+    assert (trainer.vas_known[3, seen] < 0.5).all() and (trainer.vas_known[2, seen] > 0.3).all()
+
+
 def test_nothing_to_tell_prompts_apart_means_uniform_draws():
     settings = {"vas_num_rollouts": 2, "vas_tds_weight": 0.0, "max_steps": 3}
     trainer = train(VASTrainer, rewards=lambda completions, **kw: [1.0] * len(completions), **settings)

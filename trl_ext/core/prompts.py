@@ -169,16 +169,17 @@ def draw_by_deficit(deficits: torch.Tensor, target: torch.Tensor, n: int) -> tup
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: `n` rows, equal deficits to the lower row; and the deficits after them.
     """
+    # Equal deficits differ by their rounding: 1/3 added three times is not 1. They are compared in steps of 2^-30.
     first = deficits + target
-    best = top_rows(first, min(n, len(target)))
+    best = top_rows((first * 2**30).round(), min(n, len(target)))
     # Nobody else can be drawn unless it grows faster than one of these, and passes the last of them in time.
-    others = (target > target[best].min()) & (deficits + n * target >= first[best].min())
+    others = (target > target[best].min()) & (deficits + n * target >= first[best].min() - 2**-29)
     others[best] = True
     rows = others.nonzero().squeeze(1)
     growth, current, drawn = target[rows].numpy(), deficits[rows].numpy().copy(), []
     for _ in range(n):
         current += growth
-        drawn.append(int(current.argmax()))
+        drawn.append(int((current * 2**30).round().argmax()))
         current[drawn[-1]] -= 1
     drawn = rows[drawn]
     return drawn, deficits + n * target - torch.bincount(drawn, minlength=len(target))

@@ -151,7 +151,8 @@ class Rollouts(Scored):
         advantages (`torch.Tensor`, *optional*):
             Result of `compute_advantages`, global `(N,)` or local per token `(n, T)`; set when that hook has run.
         selected (`torch.Tensor`, *optional*):
-            Result of `select_rollouts`, boolean, shape `(N,)`; set when that hook has run.
+            Result of `select_rollouts`, boolean, shape `(N,)`; set when that hook has run. After `token_mask` without
+            the rollouts of which it left no token.
     """
 
     everything: Scored
@@ -234,7 +235,7 @@ class TokenBatch:
         token_ids (`torch.Tensor`):
             The tokens, shape `(B, T)`.
         group_ids (`torch.Tensor`), prompt_index (`torch.Tensor`), rewards (`torch.Tensor`):
-            As in [`Rollouts`], of these rows, shape `(B,)`.
+            As in [`Rollouts`], of these rows, shape `(B,)`; group -1 for rows that only fill up a micro-batch.
         row_ids (`torch.Tensor`):
             Position of these rows in the global generation batch, shape `(B,)`.
         items (`torch.Tensor`):
@@ -335,7 +336,7 @@ def group_table(values: torch.Tensor, group_ids: torch.Tensor) -> tuple[torch.Te
     counts = torch.bincount(row, minlength=len(ids))
     column = torch.empty_like(row)
     column[order] = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row[order]]
-    table = values.new_full((len(ids), int(counts.max()) if len(row) else 0, *values.shape[1:]), torch.nan)
+    table = values.new_full((len(ids), int(counts.max()) if len(row) else 1, *values.shape[1:]), torch.nan)
     table[row, column] = values
     return table, row, column
 
@@ -359,6 +360,23 @@ def prompt_visits(scored: Scored, rewards: torch.Tensor | None = None) -> tuple[
     usable = ~rewards.isnan() & ~scored.changed_prompt.cpu()
     rows = scored.prompt_index.cpu()[usable]
     return rows.unique(), group_table(rewards[usable], rows)[0]
+
+
+def success_rewards(scored: Scored, masked: bool) -> torch.Tensor:
+    """
+    Rewards for counting successes: an answer that was cut off is a failure, whatever it got.
+
+    Args:
+        scored ([`Scored`]):
+            A training generation.
+        masked (`bool`):
+            TRL's `mask_truncated_completions`, with which such an answer is not counted at all.
+
+    Returns:
+        `torch.Tensor`: Shape `(N,)`; NaN = does not count, -inf = cut off.
+    """
+    rewards = scored.raw_rewards
+    return rewards.masked_fill(scored.truncated & ~rewards.isnan(), torch.nan if masked else -torch.inf)
 
 
 def positive_variance(table: torch.Tensor) -> torch.Tensor:
@@ -449,9 +467,25 @@ def normalized_sum_advantages(
     mean = torch.nanmean(table, dim=1, keepdim=True)
     std = nanstd(table, dim=1, keepdim=True) if table.shape[1] > 1 else torch.zeros_like(mean)
     standardised = ((table - mean) / (std + eps))[row, column]
-    total = weighted_sum(standardised, weights)
+    # A lone score of its group has no standard deviation, but its rollout is scored and counts in the batch.
+    total = (standardised * weights.to(rewards)).nansum(dim=1).masked_fill(rewards.isnan().all(dim=1), torch.nan)
     std = nanstd(total) if total.numel() > 1 else torch.zeros_like(total)
     return torch.nan_to_num((total - torch.nanmean(total)) / (std + eps), nan=0.0)
+
+
+def nonzero(count: "torch.Tensor | float") -> torch.Tensor:
+    """
+    A divisor for a sum over nothing. A share of a count ([`TokenBatch.share`]) may be below 1, so it is not clamped.
+
+    Args:
+        count (`torch.Tensor` or `float`):
+            At least 0.
+
+    Returns:
+        `torch.Tensor`: the count, or 1 where it is 0.
+    """
+    count = torch.as_tensor(count)
+    return count.masked_fill(count == 0, 1)
 
 
 def step_numbers(mask: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ This file and `batches.py` are the only ones that rely on TRL's private members;
 each of them:
 
 - `_generate_and_score_completions(inputs)`: once per generation, local rows in, a dict of local tensors out.
-- `_generate(prompts)`, `_generate_single_turn(...)`: tokens of all rows, in order.
+- `_tokenize_prompts(prompts)`, `_generate(prompts)`, `_generate_single_turn(...)`: tokens of all rows, in order.
 - `_calculate_rewards(inputs, prompts, completions, completion_ids_list)`: the gathered `(N, K)`, NaN for None.
 - `_get_per_token_logps_and_entropies(model, ids, mask, keep, ...)`: every forward pass of a policy.
 - `_compute_loss(model, inputs)`: one forward pass; advantages and `epsilon_*` are read only after it.
@@ -259,6 +259,24 @@ class MethodTrainer(Hooks, GRPOTrainer):
                 f"{', '.join(map(repr, self.reward_func_names))}."
             )
         return 0 if name is None else self.reward_func_names.index(name)
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that the policy was made for; None where its configuration does not say."""
+        return getattr(self._causal_model.config.get_text_config(), "max_position_embeddings", None)
+
+    def prompt_lengths(self, prompts: list) -> list[int]:
+        """
+        Tokens of prompts as they are rendered for generation.
+
+        Args:
+            prompts (`list`):
+                Plain or conversational, all alike. Not for environments, whose tools belong to the rows of a batch.
+
+        Returns:
+            `list[int]`: their lengths.
+        """
+        return [len(ids) for ids in self._tokenize_prompts(prompts)[0]]
 
     def gather_flat(self, values: torch.Tensor) -> tuple[torch.Tensor, int]:
         """
@@ -765,7 +783,8 @@ class MethodTrainer(Hooks, GRPOTrainer):
             output["tool_mask"] = tool_mask * tokens.to(tool_mask.dtype)
             kept = kept & (output["completion_mask"] * output["tool_mask"]).any(dim=1)
         output["kept"] = kept
-        self.log_metric("kept_rollouts", gather(kept.float()).mean())
+        rollouts = rollouts.replace(selected=gather(kept))
+        self.log_metric("kept_rollouts", rollouts.selected.float().mean())
         return rollouts
 
     def _collect(self, output, prompt_index, group_ids, training) -> Rollouts:
@@ -822,7 +841,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
         finally:
             self.rollout_func = function
         longest = max(map(len, self._generated[0])) + self.max_completion_length
-        context = getattr(self._causal_model.config.get_text_config(), "max_position_embeddings", None) or longest
+        context = self.context_length or longest
         if longest > context and not self._warned_of_length:
             self._warned_of_length = True
             warnings.warn(
@@ -948,6 +967,7 @@ class MethodTrainer(Hooks, GRPOTrainer):
             for name in ("tool_mask", "model_mask", "advantages") if len(rows) < size else ():
                 if name in batch:
                     batch[name][len(rows) :] = 0
+            batch["group_ids"][len(rows) :] = -1
             batches.append(trim(batch))
         items = sum((masked(batch).sum() for batch in batches), torch.zeros((), device=device, dtype=torch.long))
         items = gather(items.view(1)).sum()

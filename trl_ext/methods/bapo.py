@@ -197,7 +197,8 @@ class BAPOTrainer(MethodTrainer):
 
     As in the authors' code the bounds are chosen for every micro-batch, from its tokens on all processes (one
     message), since they need the current ratios; so the update depends on how a batch is split into micro-batches,
-    though not on how these are shared by processes.
+    though not on how these are shared by processes. They look at all tokens, also those that a mixed method's token
+    weights take out of the loss afterwards (`token_mask` takes them out before).
 
     Logs `bapo/c_low`, `bapo/c_high` (the bounds) and `bapo/rho` (the share that they give).
     """
@@ -206,7 +207,6 @@ class BAPOTrainer(MethodTrainer):
     replaces = ("clip_range",)
     contradicts = {
         "gppo": "BAPO moves the clip bounds to let more tokens have a gradient, which with GPPO they have beyond them",
-        "kl_cov": "KL-Cov's surrogate has no clip",
         "ttt_discover": "TTT-Discover's surrogate has no clip",
     }
     needs_off_policy = "has no effect, because every ratio is 1,"

@@ -86,8 +86,31 @@ def beta_density(rates: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -
     return (torch.xlogy(alpha - 1, rates) + torch.xlogy(beta - 1, 1 - rates) - log_norm).exp()
 
 
+def success_rates(rewards: torch.Tensor, group_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Success rate of every prompt.
+
+    Args:
+        rewards (`torch.Tensor`):
+            In [0, 1], shape `(N,)`; NaN = not scored.
+        group_ids (`torch.Tensor`):
+            Shape `(N,)`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: rates `(M,)`, by ascending group id, NaN without a scored rollout, and 0
+        where every group has one rollout, since there is no rate to speak of; and the row of each rollout in them.
+    """
+    table, row, _ = group_table(rewards, group_ids)
+    rates = torch.nanmean(table, dim=1)
+    return rates if table.shape[1] > 1 else rates * 0.0, row
+
+
 def bnpo_advantages(
-    rewards: torch.Tensor, group_ids: torch.Tensor, max_weight: float = 1e6, var_floor: float = 1e-8
+    rewards: torch.Tensor,
+    group_ids: torch.Tensor,
+    max_weight: float = 1e6,
+    var_floor: float = 1e-8,
+    parameters: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
     Reward minus success rate, over the density of the fitted Beta distribution at the success rate.
@@ -101,14 +124,14 @@ def bnpo_advantages(
             Bound of 1 / density.
         var_floor (`float`, *optional*, defaults to `1e-8`):
             See [`beta_parameters`].
+        parameters (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+            Alpha and beta; by default those fitted to these groups.
 
     Returns:
         `torch.Tensor`: Shape `(N,)`; 0 for unscored rollouts.
     """
-    table, row, _ = group_table(rewards, group_ids)
-    # With one rollout per prompt there is no rate to speak of, and the reward itself is weighted.
-    rates = torch.nanmean(table, dim=1) if table.shape[1] > 1 else torch.where(table[:, 0].isnan(), torch.nan, 0.0)
-    alpha, beta = beta_parameters(rates[~rates.isnan()], var_floor)
+    rates, row = success_rates(rewards, group_ids)
+    alpha, beta = beta_parameters(rates[~rates.isnan()], var_floor) if parameters is None else parameters
     weight = (1 / beta_density(rates, alpha, beta)).clamp(0, max_weight)
     return torch.nan_to_num(weight[row] * (rewards - rates[row]), nan=0.0)
 
@@ -117,7 +140,8 @@ class BNPOTrainer(MethodTrainer):
     """
     BNPO: Beta Normalization Policy Optimization ([arXiv 2506.02864](https://huggingface.co/papers/2506.02864)); TRL's
     `loss_type="bnpo"` is something else. Advantages are divided by a Beta density at the prompt's success rate; its
-    parameters follow the spread of the success rates over the batch and thereby the policy.
+    parameters follow the spread of the success rates over the batch and thereby the policy, those of groups included
+    that a mixed method replaces.
 
     Logs `bnpo/alpha` and `bnpo/beta` (of the first reward function if they are normalised separately).
     """
@@ -146,18 +170,8 @@ class BNPOTrainer(MethodTrainer):
                 "functions: give one, or with `beta_norm_decompose` one per function."
             )
 
-    def compute_advantages(self, rollouts: Rollouts):
+    def _bnpo_mapped(self, columns: torch.Tensor) -> torch.Tensor:
         args = self.args
-        if args.beta_norm_decompose:
-            columns, weights = rollouts.shaped, rollouts.reward_weights
-            if columns.dim() == 1:
-                raise ValueError(
-                    "`beta_norm_decompose` needs one column per reward function, but a mixed method's shape_rewards "
-                    "returned their sum: set it to False."
-                )
-        else:
-            columns = rollouts.rewards.unsqueeze(1)
-            weights = columns.new_ones(1)
         low, high = (columns.new_tensor(bound) for bound in (args.beta_norm_reward_min, args.beta_norm_reward_max))
         mapped = (columns - low) / (high - low)
         outside = (mapped < -1e-6) | (mapped > 1 + 1e-6)
@@ -166,15 +180,34 @@ class BNPOTrainer(MethodTrainer):
                 f"a reward of {columns[outside][0].item()} lies outside of [`beta_norm_reward_min`, "
                 f"`beta_norm_reward_max`] = [{low.tolist()}, {high.tolist()}]: set both to the range of your rewards."
             )
-        mapped = mapped.clamp(0, 1).double()
-        parts = [
-            bnpo_advantages(column, rollouts.group_ids, args.beta_norm_max_weight, args.beta_norm_var_floor)
-            for column in mapped.unbind(1)
-        ]
-        table, _, _ = group_table(mapped[:, 0], rollouts.group_ids)
-        rates = torch.nanmean(table, dim=1)
-        alpha, beta = beta_parameters(rates[~rates.isnan()], args.beta_norm_var_floor)
-        self.log_metric("bnpo/alpha", alpha)
-        self.log_metric("bnpo/beta", beta)
+        return mapped.clamp(0, 1).double()
+
+    def compute_advantages(self, rollouts: Rollouts):
+        args, everything = self.args, rollouts.everything
+        if args.beta_norm_decompose:
+            columns, weights, others = rollouts.shaped, rollouts.reward_weights, everything.reward_matrix
+            if columns.dim() == 1:
+                raise ValueError(
+                    "`beta_norm_decompose` needs one column per reward function, but a mixed method's shape_rewards "
+                    "returned their sum: set it to False."
+                )
+        else:
+            columns, others = rollouts.rewards.unsqueeze(1), everything.raw_rewards.unsqueeze(1)
+            weights = columns.new_ones(1)
+        mapped = self._bnpo_mapped(columns)
+        # Of rollouts that are not trained on only the unshaped rewards are known.
+        fitted, ids = mapped, rollouts.group_ids
+        if len(everything) != len(rollouts):
+            fitted, ids = self._bnpo_mapped(others), everything.group_ids
+        parts = []
+        for i, (column, all_of_it) in enumerate(zip(mapped.unbind(1), fitted.unbind(1), strict=True)):
+            rates, _ = success_rates(all_of_it, ids)
+            alpha, beta = beta_parameters(rates[~rates.isnan()], args.beta_norm_var_floor)
+            if i == 0:
+                self.log_metric("bnpo/alpha", alpha)
+                self.log_metric("bnpo/beta", beta)
+            parts.append(
+                bnpo_advantages(column, rollouts.group_ids, args.beta_norm_max_weight, parameters=(alpha, beta))
+            )
         weights = weights.double()
         return ((torch.stack(parts, dim=1) * weights).sum(1) / weights.sum()).to(rollouts.reward_matrix.dtype)

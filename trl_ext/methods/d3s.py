@@ -105,6 +105,9 @@ def max_variance_subset(advantages: torch.Tensor, selectable: torch.Tensor, size
         return chosen
     order = rows[advantages[rows].argsort(stable=True)]
     values = advantages[order].double()
+    # Centred and scaled, so that rounding cannot hide a tie.
+    values = values - values.mean()
+    values = values / values.abs().max().clamp(min=1e-300)
 
     def prefix(x):
         return torch.nn.functional.pad(x.cumsum(0), (1, 0))
@@ -259,8 +262,7 @@ class D3STrainer(MethodTrainer):
         self.log_metric("d3s/token_share", share)
         if args.d3s_token_scope == "response":
             return d3s_tokens(keys, valid, share, "response").int()
-        everyones, _ = self.gather_flat(keys[valid])  # in the order of the rows, which processes hold in turn
-        start = self.gather_flat(valid.sum())[0][: self.accelerator.process_index].sum()
+        everyones, start = self.gather_flat(keys[valid])  # in the order of the rows, which processes hold in turn
         kept = d3s_tokens(everyones, torch.ones_like(everyones, dtype=torch.bool), share)
         mask = torch.zeros_like(valid)
         mask[valid] = kept[start : start + valid.sum()]

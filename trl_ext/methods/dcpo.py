@@ -13,8 +13,8 @@ from ..core.rollouts import group_table
 @dataclass
 class DCPOConfig(MethodConfig):
     r"""
-    Configuration of [`DCPOTrainer`]. Defaults are the paper's; the authors' scripts have DAPO's 0.2 and 0.28 in its
-    place of 0.16 and 0.2.
+    Configuration of [`DCPOTrainer`]. Defaults are the paper's; the authors' scripts have DAPO's 0.2 and 0.28 in
+    place of its 0.16 and 0.2.
 
     Parameters:
         dcpo_eps_low (`float`, *optional*, defaults to `0.16`), dcpo_eps_high (`float`, *optional*, defaults to `0.2`):
@@ -57,6 +57,7 @@ class DCPOConfig(MethodConfig):
     def __post_init__(self):
         super().__post_init__()
         self.check_choices("dcpo_sas_std", "dcpo_otm_scale")
+        self.check_range("num_generations", self.num_generations >= 2, "at least 2: a lone rollout has no spread")
         self.check_range("dcpo_eps_low", self.dcpo_eps_low > 0, "positive")
         self.check_range("dcpo_eps_high", self.dcpo_eps_high > 0, "positive")
         self.check_range("dcpo_ratio_max", self.dcpo_ratio_max > 1, "above 1")

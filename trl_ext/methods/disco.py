@@ -31,6 +31,9 @@ class DisCOConfig(MethodConfig):
             0 count.
     """
 
+    vllm_importance_sampling_correction: bool = field(
+        default=False, metadata={"help": "Weigh tokens by the mismatch with vLLM; DisCO has no weights of tokens."}
+    )
     disco_objective: str = field(
         default="disco", metadata={"help": "Soft maximum or mean.", "choices": ["disco", "disco_b"]}
     )
@@ -91,7 +94,7 @@ def disco_objective(
         else:
             log_mean = torch.logsumexp(bad / tau, 0) - math.log(len(bad))
             total = total + good.mean() - tau * log_mean
-    return total / len(questions)
+    return total / max(len(questions), 1)
 
 
 def disco_scores(
@@ -153,7 +156,8 @@ class DisCOTrainer(MethodTrainer):
     DisCO: Discriminative Constrained Optimization ([arXiv 2505.12366](https://huggingface.co/papers/2505.12366)). The
     scores of correct answers are raised above those of wrong ones, every question weighing the same, while a
     constraint keeps the policy near the one that generated. Advantages, clipping and the aggregation of `loss_type`
-    play no part. Questions, and the divergence, are taken per micro-batch, as in the authors' code.
+    play no part, nor do weights of tokens, TRL's for a mismatch with vLLM included. Questions, and the divergence, are
+    taken per micro-batch, as in the authors' code.
 
     Logs `disco/kl`, `disco/objective` and `disco/valid_questions` (share of the questions with correct and wrong
     answers).
@@ -183,6 +187,7 @@ class DisCOTrainer(MethodTrainer):
                 "importance_sampling_level": "token",
                 "off_policy_mask_threshold": None,
                 "top_entropy_quantile": 1.0,
+                "vllm_importance_sampling_correction": False,
             }.items():
                 if getattr(args, name) != wanted:
                     raise ValueError(
@@ -192,26 +197,25 @@ class DisCOTrainer(MethodTrainer):
         super().__init__(model, reward_funcs, args, *more, **kwargs)
 
     def policy_loss(self, tokens: TokenBatch):
-        # The objective is no sum over tokens: `aggregate_loss` builds it from the log-probabilities.
-        return tokens.logps
+        return tokens.logps  # the objective is no sum over tokens: `aggregate_loss` builds it
 
     def aggregate_loss(self, per_token_loss: torch.Tensor, tokens: TokenBatch):
         args, rewards = self.args, tokens.rewards
-        scores = disco_scores(per_token_loss, tokens.old_logps, tokens.mask, args.disco_score)
+        scores = disco_scores(tokens.logps, tokens.old_logps, tokens.mask, args.disco_score)
         answered = tokens.mask.any(1) & ~rewards.isnan()
+        real = tokens.group_ids >= 0  # the others only fill up the micro-batch
         threshold = args.disco_threshold
         positive = answered & (rewards == 1 if threshold is None else rewards >= threshold)
         negative = answered & (rewards == 0 if threshold is None else rewards < threshold)
-        objective = disco_objective(scores, positive, negative, tokens.group_ids, args.disco_objective, args.disco_tau)
+        scores, positive, negative, groups = (part[real] for part in (scores, positive, negative, tokens.group_ids))
+        objective = disco_objective(scores, positive, negative, groups, args.disco_objective, args.disco_tau)
         penalty, kl = disco_penalty(
             tokens.logps, tokens.old_logps, tokens.mask, args.disco_beta, args.disco_delta, args.disco_kl_estimator
         )
-        questions = tokens.group_ids.unique()
-        both = sum(
-            (positive & (tokens.group_ids == q)).any() & (negative & (tokens.group_ids == q)).any() for q in questions
-        )
+        questions = groups.unique()
+        both = torch.isin(questions, groups[positive]) & torch.isin(questions, groups[negative])
         count = torch.tensor(float(len(questions)))
         self.log_token_metric("disco/kl", kl * tokens.mask.sum(), tokens.mask.sum())
         self.log_token_metric("disco/objective", objective * count, count)
-        self.log_token_metric("disco/valid_questions", both.float(), count)
+        self.log_token_metric("disco/valid_questions", both.sum(), count)
         return penalty - objective

@@ -113,7 +113,7 @@ class EMPGTrainer(MethodTrainer):
     of a multi-turn rollout get a larger share of its advantage, uncertain ones a smaller, and leading to a confident
     next step is rewarded.
 
-    Logs `empg/step_entropy` (mean over the rollouts with a reward) and `empg/steps` (mean number per rollout).
+    Logs `empg/step_entropy` (mean over all steps) and `empg/steps` (mean number per rollout).
     """
 
     config_class = EMPGConfig

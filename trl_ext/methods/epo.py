@@ -305,7 +305,9 @@ class EPOTrainer(MethodTrainer):
     def load_method_state(self, state):
         super().load_method_state(state)
         own = state["epo"]
-        self.epo_history, self.epo_step, self.epo_total_steps = own["history"], own["step"], own["total_steps"]
+        self.epo_history, self.epo_step = own["history"], own["step"]
+        if self.args.epo_total_steps is None:
+            self.epo_total_steps = own["total_steps"]
 
     def local_state(self):
         return super().local_state() | {"epo": self.epo_sums.tolist()}

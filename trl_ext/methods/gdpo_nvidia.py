@@ -230,8 +230,10 @@ class GDPONvidiaTrainer(MethodTrainer):
 
     def compute_advantages(self, rollouts: Rollouts):
         args, rewards, weights = self.args, self._gdpo_columns(rollouts.shaped), rollouts.reward_weights
-        flat = [zero_signal(column, rollouts.group_ids) for column in rewards.unbind(1)]
-        self.log_metric("gdpo_nvidia/flat", torch.stack(flat).all(dim=0).float().mean())
+        if args.gdpo_missing == "zero":
+            rewards = torch.nan_to_num(rewards, nan=0.0)
+        flat = torch.stack([zero_signal(column, rollouts.group_ids) for column in rewards.unbind(1)], dim=1)
+        self.log_metric("gdpo_nvidia/flat", (flat | (weights == 0)).all(dim=1).float().mean())
         lengths = gather(rollouts.mask.sum(dim=1)) if args.gdpo_batch_norm == "token" else None
         return gdpo_advantages(
             rewards,

@@ -153,7 +153,6 @@ class GPPOTrainer(MethodTrainer):
     contradicts = {
         "bapo": "BAPO moves the clip bounds to let more tokens have a gradient, which with GPPO they have beyond them",
         "clip_cov": "Clip-Cov passes over the tokens that the clip has left without a gradient, but with GPPO none is",
-        "kl_cov": "KL-Cov's surrogate has no clip",
     }
     needs_off_policy = "clips no token, so only its likelihood term acts,"
     _name = "GPPO"

@@ -87,14 +87,18 @@ class GRPODTrainer(MethodTrainer):
     GRPO-D: GRPO with a dynamic KL weight ([arXiv 2503.16081](https://huggingface.co/papers/2503.16081)). The weight
     falls while the policy is to explore, then rises. The rest of the published runs is TRL's: `loss_type="grpo"`.
 
-    State: the length of the schedule, so that a resumed run keeps it.
+    State: the length of the schedule, so that a resumed run keeps it unless `kl_total_steps` says another.
 
     Logs `grpo_d/beta`.
     """
 
     config_class = GRPODConfig
     replaces = ("kl_weight",)
-    contradicts = {"d3s": "D3S masks tokens, which would leave the KL term too, so it works without one"}
+    contradicts = {
+        "d3s": "D3S masks tokens, which would leave the KL term too, so it works without one",
+        "gtpo": "GTPO works without a KL term",
+        "kdrl": "KDRL puts a pull to its teacher in the place of the KL term",
+    }
     _name = "GRPO-D"
     _paper = {
         "title": "OThink-MR1: Stimulating multimodal generalized reasoning capabilities via dynamic reinforcement "
@@ -130,4 +134,5 @@ class GRPODTrainer(MethodTrainer):
 
     def load_method_state(self, state):
         super().load_method_state(state)
-        self.grpo_d_total_steps = state["grpo_d"]["total_steps"]
+        if self.args.kl_total_steps is None:
+            self.grpo_d_total_steps = state["grpo_d"]["total_steps"]

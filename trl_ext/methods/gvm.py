@@ -172,7 +172,8 @@ class GVMTrainer(MethodTrainer):
 
     Where the paper estimates for a whole shard and then trains on it, here a prompt is estimated when it is drawn,
     unless its last estimate is recent: equally many rollouts, by a fresher policy. The budget is dealt within each
-    generation.
+    generation. Log-probabilities are at the trainer's temperature (1 in the paper's runs), and GRPO's advantages are
+    TRL's, with 1e-4 in the denominator, where the code has 1e-6.
 
     State: acceptance rate, gradient norm and the generation of the estimate, of every prompt.
 
@@ -226,6 +227,11 @@ class GVMTrainer(MethodTrainer):
                 if "compute_advantages" in base.__dict__.get("replaces", ()):
                     raise ValueError(
                         f"`gvm_loss` 'raft' brings its own advantages, and so does {base.__name__}: use 'grpo'."
+                    )
+                if base.slug == "d3s":
+                    raise ValueError(
+                        "`gvm_loss` 'raft' gives every accepted rollout the same advantage, and D3S selects rollouts "
+                        "by the variance of their advantages: use 'grpo'."
                     )
         if self.args.gvm_max_accept in (0, 1) and self.args.gvm_loss == "grpo":
             warnings.warn(

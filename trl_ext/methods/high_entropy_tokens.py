@@ -106,7 +106,9 @@ class HighEntropyTokensTrainer(MethodTrainer):
     Mixed methods with `token_weights` of their own (`clip_cov`) see the selected tokens only, as if there were no
     others; the covariances of `kl_cov`, which is a surrogate, are those of all tokens.
 
-    Logs `high_entropy_tokens/kept` (share of the tokens) and `high_entropy_tokens/threshold` (entropy in nats).
+    Logs `high_entropy_tokens/kept` (share of the tokens), `high_entropy_tokens/threshold` (entropy in nats) and
+    `high_entropy_tokens/clipped` (share of all tokens whose ratio is clipped, of which TRL's `clip_ratio/*` counts the
+    kept ones).
     """
 
     config_class = HighEntropyTokensConfig
@@ -166,5 +168,10 @@ class HighEntropyTokensTrainer(MethodTrainer):
         self.log_token_metric(
             "high_entropy_tokens/threshold", threshold.nan_to_num(), one.masked_fill(threshold.isnan(), 0.0)
         )
+        ratio, low, high = tokens.log_ratio.detach().exp(), tokens.ratio_low, tokens.ratio_high
+        clipped = ((tokens.advantages < 0) & (ratio < (-1 if low is None else low))) | (
+            (tokens.advantages > 0) & (ratio > (torch.inf if high is None else high))
+        )
+        self.log_token_metric("high_entropy_tokens/clipped", (clipped & valid).sum(), valid.sum())
         before = super().token_weights(tokens.replace(mask=selected.to(tokens.mask.dtype)))
         return weights if before is None else before * weights

@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from ..core import MethodConfig, MethodTrainer, Rollouts, TokenBatch
+from ..core.rollouts import nonzero
 from ..core.trainer import strictly_on_policy
 
 
@@ -107,7 +108,7 @@ def kd_loss(
     terms = kd_divergence(torch.where(valid, logps, 0.0), teacher_logps, estimator)
     if count is None:
         count = valid.sum()
-    return torch.where(valid & keep.unsqueeze(1), terms, 0.0).sum() / torch.as_tensor(count).clamp(min=1)
+    return torch.where(valid & keep.unsqueeze(1), terms, 0.0).sum() / nonzero(count)
 
 
 def kd_keep(correct: torch.Tensor, group_ids: torch.Tensor, mask: str = "none") -> torch.Tensor:
@@ -145,11 +146,15 @@ class KDRLTrainer(MethodTrainer):
 
     Costs one forward pass of the teacher per generation and the teacher's memory (none for `kd_teacher="base"`).
 
-    Logs `kd/loss` (times its coefficient), `kd/beta`, `kd/kept` (share of the answers) and `kd/clamped` (share of the
-    tokens that the teacher finds all but impossible).
+    End-of-sequence tokens are left out of the term where the teacher's tokenizer has another one.
+
+    Logs `kd/loss` (times its coefficient), `kd/beta`, `kd/kept` (share of the answers), `kd/clamped` (share of the
+    tokens that the teacher finds all but impossible) and, with k3, `kd/far` (share of the tokens whose log-ratio was
+    cut to 20).
     """
 
     config_class = KDRLConfig
+    _kd_left_out: torch.Tensor | None = None  # end-of-sequence tokens that the teacher does not share
     _name = "KDRL"
     _paper = {
         "title": "KDRL: Post-Training Reasoning LLMs via Unified Knowledge Distillation and Reinforcement Learning",
@@ -189,24 +194,31 @@ class KDRLTrainer(MethodTrainer):
                 )
             return
         try:
-            vocabulary = AutoTokenizer.from_pretrained(args.kd_teacher).get_vocab()
+            tokenizer = AutoTokenizer.from_pretrained(args.kd_teacher)
         except OSError as error:
             raise ValueError(
                 f"`kd_teacher` {args.kd_teacher!r} is neither a model's directory nor a model that the Hub gives us: "
                 "correct it."
             ) from error
-        if vocabulary != self._tokenizer.get_vocab():
+        if tokenizer.get_vocab() != self._tokenizer.get_vocab():
             raise ValueError(
-                f"`kd_teacher` {args.kd_teacher!r} has another vocabulary ({len(vocabulary)} tokens) than the policy "
+                f"`kd_teacher` {args.kd_teacher!r} has another vocabulary ({len(tokenizer)} tokens) than the policy "
                 f"({len(self._tokenizer.get_vocab())}): distillation compares token by token, so choose a teacher of "
                 "the same family."
             )
         self.kd_teacher = self.load_frozen_model(args.kd_teacher)
+        # A base model and its chat model end an answer differently: the teacher must not punish the policy's way.
+        if tokenizer.eos_token_id != self._tokenizer.eos_token_id:
+            self._kd_left_out = torch.tensor(self.eos_token_ids, device=self.accelerator.device)
+
+    def _kd_mask(self, mask: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        return mask if self._kd_left_out is None else mask * ~torch.isin(token_ids, self._kd_left_out)
 
     def carry(self, rollouts: Rollouts):
         correct = rollouts.reward_matrix[:, self.kd_column] >= 1  # not so if unscored
         keep = kd_keep(correct, rollouts.group_ids, self.args.kd_mask)
-        logps, mask = self.frozen_logps(rollouts, self.kd_teacher), rollouts.mask
+        logps = self.frozen_logps(rollouts, self.kd_teacher)
+        mask = self._kd_mask(rollouts.mask, rollouts.completion_ids)
         kept = keep if rollouts.selected is None else keep & rollouts.selected
         sums = [mask.sum(), (mask * kept[rollouts.local].unsqueeze(1)).sum(), (mask * (logps < -30)).sum()]
         all_tokens, kept_tokens, clamped = self.accelerator.reduce(torch.stack(sums).float(), reduction="sum")
@@ -221,9 +233,11 @@ class KDRLTrainer(MethodTrainer):
     def regularizers(self, tokens: TokenBatch):
         args, carried = self.args, tokens.carried
         count = tokens.items if args.kd_mask_norm == "all" else tokens.share(carried["kd/tokens"])
-        value = kd_loss(
-            tokens.logps, carried["kd/teacher_logps"], tokens.mask, carried["kd/keep"], args.kd_estimator, count
-        )
+        mask, logps = self._kd_mask(tokens.mask, tokens.token_ids), carried["kd/teacher_logps"]
+        value = kd_loss(tokens.logps, logps, mask, carried["kd/keep"], args.kd_estimator, count)
+        if args.kd_estimator == "k3":
+            far = (logps.clamp(min=-30) - tokens.logps.detach()).abs() > 20
+            self.log_token_metric("kd/far", (far * mask).sum(), mask.sum())
         beta = kd_beta(tokens.step, args.kd_beta_init, args.kd_beta_min, args.kd_beta_decay)
         self.log_metric("kd/beta", beta)
         return super().regularizers(tokens) | {"kd/loss": beta * value}

@@ -93,6 +93,7 @@ class KLCovTrainer(MethodTrainer):
 
     config_class = KLCovConfig
     replaces = ("policy_loss",)
+    ignores = ("clip_range",)
     contradicts = {"clip_cov": "both act on the tokens of largest covariance, in opposite ways"}
     needs_off_policy = "has no effect beyond unclipped GRPO, because the log-ratio is 0,"
     _name = "KL-Cov"

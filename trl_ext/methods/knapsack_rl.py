@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..core import MethodConfig, MethodTrainer, Rollouts
-from ..core.rollouts import prompt_visits
+from ..core.rollouts import prompt_visits, success_rewards
 
 
 @dataclass
@@ -181,7 +181,7 @@ class KnapsackRLTrainer(MethodTrainer):
     Knapsack RL ([arXiv 2509.25849](https://huggingface.co/papers/2509.25849)). The rollouts of a step move, at a
     constant total, from prompts that are always or never solved to those where they are likely to show both outcomes.
     Advantages are GRPO's over groups of different sizes (with TRL's 1e-4 in the denominator, where the code has 1e-6),
-    clipped.
+    clipped. An answer that was cut off is a failure, or is not counted with `mask_truncated_completions`.
 
     State: success rate, newest outcomes and number of outcomes of every prompt, the same on all processes.
 
@@ -240,7 +240,8 @@ class KnapsackRLTrainer(MethodTrainer):
     def observe(self, rollouts: Rollouts):
         super().observe(rollouts)
         window, threshold = self.args.knapsack_history, self.args.knapsack_success_threshold
-        for row, rewards in zip(*prompt_visits(rollouts.everything), strict=True):
+        outcomes = success_rewards(rollouts.everything, self.mask_truncated_completions)
+        for row, rewards in zip(*prompt_visits(rollouts.everything, outcomes), strict=True):
             row = int(row)
             visit = (rewards[~rewards.isnan()] > threshold).tolist()
             kept = min(int(self.knapsack_counts[row]), window)

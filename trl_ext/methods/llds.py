@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..core import MethodConfig, MethodTrainer, Rollouts, TokenBatch
-from ..core.rollouts import step_numbers, zero_signal
+from ..core.rollouts import nonzero, step_numbers, zero_signal
 
 
 @dataclass
@@ -98,7 +98,8 @@ def llds_loss(
     kept = opened & preserved.unsqueeze(1)
     if count is None:
         count = (valid & preserved.unsqueeze(1)).sum()
-    return torch.where(kept, weights * fall.clamp(min=0), 0.0).sum() / torch.as_tensor(count).clamp(min=1)
+    # relu, whose gradient at 0 is 0: a token that has not moved is not penalised, and clamp's gradient there is 1.
+    return torch.where(kept, weights * torch.relu(fall), 0.0).sum() / nonzero(count)
 
 
 class LLDSTrainer(MethodTrainer):
@@ -144,7 +145,7 @@ class LLDSTrainer(MethodTrainer):
         self.log_metric("llds/preserved", tokens / all_tokens.clamp(min=1))
         carried = {"llds/preserved": preserved, "llds/tokens": tokens}
         if self.args.llds_answer_weight == "schedule":
-            calls = (step_numbers(rollouts.completion_mask * mask).amax(1)).clamp(min=0).float()
+            calls = (step_numbers(rollouts.completion_mask * (1 - mask)).amax(1) + 1).float()  # outputs of tools
             both = self.accelerator.reduce(torch.stack([calls.sum(), calls.new_tensor(float(len(calls)))]), "sum")
             carried["llds/calls"] = both[0] / both[1]
         return super().carry(rollouts) | carried

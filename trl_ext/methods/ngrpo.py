@@ -10,6 +10,9 @@ from ..core import MethodConfig, MethodTrainer, Rollouts
 from ..core.rollouts import group_table
 
 
+ROUNDING = 1e-6  # of a weighted sum of rewards
+
+
 @dataclass
 class NGRPOConfig(MethodConfig):
     r"""
@@ -66,13 +69,16 @@ def ngrpo_advantages(
     Returns:
         `torch.Tensor`: Shape `(N,)`; 0 for unscored rollouts, and for a lone reward without imaginary ones.
     """
+    rewards = torch.where((rewards - reward_max).abs() <= ROUNDING, reward_max, rewards)
     table, row, _ = group_table(rewards, group_ids)
     table = torch.cat([table, table.new_full((len(table), num_virtual), reward_max)], dim=1)
+    flat = (table.nan_to_num(torch.inf).amin(1) >= table.nan_to_num(-torch.inf).amax(1))[row]
     count = (~table.isnan()).sum(1)
     mean = torch.nanmean(table, dim=1)
     deviation = (((table - mean.unsqueeze(1)) ** 2).nansum(1) / (count - 1).clamp(min=1)).sqrt()
     advantages = (rewards - mean[row]) / (deviation[row] + eps)
-    return advantages.masked_fill(rewards.isnan() | (count[row] < 2), 0.0)
+    # By equality: rounding in the mean of equal rewards is not small beside `eps`.
+    return advantages.masked_fill(rewards.isnan() | flat, 0.0)
 
 
 def all_maximal(rewards: torch.Tensor, group_ids: torch.Tensor, reward_max: float = 1.0) -> torch.Tensor:
@@ -92,7 +98,7 @@ def all_maximal(rewards: torch.Tensor, group_ids: torch.Tensor, reward_max: floa
     """
     table, row, _ = group_table(rewards, group_ids)
     known = ~table.isnan()
-    return (known.any(1) & ((table >= reward_max - 1e-6) | ~known).all(1))[row]
+    return (known.any(1) & ((table >= reward_max - ROUNDING) | ~known).all(1))[row]
 
 
 class NGRPOTrainer(MethodTrainer):
@@ -121,9 +127,12 @@ class NGRPOTrainer(MethodTrainer):
 }""",
     }
 
+    _ngrpo_warned = False
+
     def compute_advantages(self, rollouts: Rollouts):
         args, rewards = self.args, rollouts.rewards
-        if (rewards > args.ngrpo_reward_max + 1e-6).any():
+        if (rewards > args.ngrpo_reward_max + ROUNDING).any() and not self._ngrpo_warned:
+            self._ngrpo_warned = True
             warnings.warn(
                 f"a reward of {rewards.nan_to_num(-torch.inf).max().item()} exceeds `ngrpo_reward_max` "
                 f"({args.ngrpo_reward_max}), so the imaginary rollout is not the best of its group: set it to the "

@@ -28,9 +28,9 @@ class ReSTGRPOConfig(MethodConfig):
         rest_accept_threshold (`float`, *optional*, defaults to `0.9`):
             Reward that the best solution needs for its beginnings to become items; infinity makes none.
         rest_n_sub (`int`, `float` or `str`, *optional*, defaults to `0.5`):
-            Beginnings that are drawn of a solution: an integer is their number, a float in (0, 1] their share of the
-            solution's units (so 1 is one draw and 1.0 as many as there are units), `"all"` takes each once. 0 trains
-            on the data set as it is, without any sampling.
+            Beginnings that are drawn of a solution: an integer is their number, a float in (0, 1] the share of those
+            that there are (so 1 is one draw and 1.0 as many as there are), `"all"` takes each once. 0 trains on the
+            data set as it is, without any sampling.
         rest_decay (`float`, *optional*, defaults to `0.95`):
             Probability of a beginning relative to that which is one unit shorter.
         rest_num_samples (`int`, *optional*, defaults to `5`):

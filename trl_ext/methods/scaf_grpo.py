@@ -123,7 +123,8 @@ class ScafGRPOTrainer(MethodTrainer):
     """
     Scaffolded GRPO ([arXiv 2510.19807](https://huggingface.co/papers/2510.19807)). When every rollout of a prompt
     fails, the policy is asked again with hints, from vague to concrete; the first success, together with its hinted
-    prompt, takes the place of one failed rollout.
+    prompt, takes the place of one failed rollout. Of the code's options, two replaced rollouts and the success with
+    the plain prompt are not here.
 
     State (mode `"plateau"`): moving average of the unsolved groups, its history and whether hints have started.
 
@@ -152,6 +153,11 @@ class ScafGRPOTrainer(MethodTrainer):
             raise ValueError(
                 f"`scaf_hint_columns` is {wanted}, none of which the data set has; its columns are {there}. Name the "
                 "columns that hold lists of hints."
+            )
+        if self.environment_factories is not None:
+            raise ValueError(
+                "`environment_factory` is set, but Scaf-GRPO's hints go into prompts that are answered without one: "
+                "leave one of the two out."
             )
         self.scaf_columns = [column for column in wanted if column in there]
         self.scaf_average: list[float] = []  # of the unsolved groups, per generation
@@ -191,8 +197,8 @@ class ScafGRPOTrainer(MethodTrainer):
         if not prompts:
             return []
         limit = self.args.vllm_max_model_length if self.use_vllm else None
-        limit = limit or self.model.config.get_text_config().max_position_embeddings
-        lengths = [len(ids) for ids in self._tokenize_prompts(prompts)[0]]
+        limit = limit or self.context_length or math.inf
+        lengths = self.prompt_lengths(prompts)
         return [p for p, n in zip(prompts, lengths, strict=True) if n + self.max_completion_length <= limit]
 
     def more_rollouts(self, scored: Scored, rounds: int):

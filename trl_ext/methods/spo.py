@@ -82,7 +82,7 @@ def spo_initial_counts(
         `tuple[torch.Tensor, torch.Tensor]`: alpha and beta, shape `(P,)`; 1/2 each where `n` is 0.
     """
     mean = (successes + 0.5) / (n + 1)
-    evidence = torch.where(n > 0, 1 / (1 - rho_min), 1.0).to(mean)
+    evidence = torch.ones_like(mean).masked_fill(n > 0, 1 / (1 - rho_min))
     return evidence * mean, evidence * (1 - mean)
 
 
@@ -152,13 +152,15 @@ def spo_advantages(rewards: torch.Tensor, values: torch.Tensor, eps: float = 1e-
             Added to the standard deviation.
 
     Returns:
-        `torch.Tensor`: Shape `(N,)`; 0 for unscored rollouts, and for all if fewer than two are scored.
+        `torch.Tensor`: Shape `(N,)`; 0 for unscored rollouts, and for all if fewer than two are scored or the scored
+        ones are all as far from their baselines.
     """
-    raw = rewards - values
+    raw = rewards.double() - values.double()
     scored = raw[~raw.isnan()]
-    if scored.numel() < 2:
-        return torch.zeros_like(raw)
-    return ((raw - scored.mean()) / (scored.std() + eps)).nan_to_num(nan=0.0)
+    # By equality: rounding in the mean of equal numbers is not small beside `eps`.
+    if scored.numel() < 2 or scored.min() == scored.max():
+        return torch.zeros_like(rewards)
+    return ((raw - scored.mean()) / (scored.std() + eps)).nan_to_num(nan=0.0).to(rewards)
 
 
 def spo_weights(alpha: torch.Tensor, beta: torch.Tensor, eps: float = 0.05, neff_power: float = 0.0) -> torch.Tensor:
@@ -252,24 +254,29 @@ class SPOTrainer(MethodTrainer):
         values[known] = self.spo_alpha[rows] / (self.spo_alpha[rows] + self.spo_beta[rows])
         self.log_metric("spo/value", values.mean())
         rewards = self._spo_rescale(rollouts.rewards)
-        return spo_advantages(rewards, values.to(rewards), self.args.spo_adv_eps)
+        return spo_advantages(rewards, values.to(rewards.device), self.args.spo_adv_eps)
 
     def observe(self, rollouts: Rollouts):
         super().observe(rollouts)
-        rows, rewards = prompt_visits(rollouts, self._spo_rescale(rollouts.rewards))
+        # Failures that a hinted success replaces count as well; of their rewards only the unshaped ones are known.
+        scored = rollouts.everything
+        rewards = rollouts.rewards if len(scored) == len(rollouts) else scored.raw_rewards
+        rows, rewards = prompt_visits(scored, self._spo_rescale(rewards))
         if self.args.spo_rho_mode == "kl":
             drift = self._spo_drift(rows)
             rho = spo_rho(drift, self.args.spo_d_half, self.args.spo_rho_min, self.args.spo_rho_max)
             self._spo_store(rollouts, rows)
-            self.log_metric("spo/drift", drift.mean())
+            if len(rows):
+                self.log_metric("spo/drift", drift.mean())
         else:
             rho = torch.full((len(rows),), self.args.spo_rho_min, dtype=torch.float64)
         self.spo_alpha[rows], self.spo_beta[rows] = spo_update(
             self.spo_alpha[rows], self.spo_beta[rows], rho, rewards.nansum(1), (~rewards.isnan()).sum(1)
         )
         self.spo_visits[rows] += 1
-        self.log_metric("spo/rho", rho.mean())
-        self.log_metric("spo/evidence", (self.spo_alpha[rows] + self.spo_beta[rows]).mean())
+        if len(rows):
+            self.log_metric("spo/rho", rho.mean())
+            self.log_metric("spo/evidence", (self.spo_alpha[rows] + self.spo_beta[rows]).mean())
         self.log_metric("spo/visited", (self.spo_visits > 0).double().mean())
 
     def _spo_drift(self, rows: torch.Tensor) -> torch.Tensor:

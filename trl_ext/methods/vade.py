@@ -7,7 +7,7 @@ import torch
 
 from ..core import MethodConfig, MethodTrainer, Rollouts
 from ..core.prompts import top_rows
-from ..core.rollouts import prompt_visits
+from ..core.rollouts import prompt_visits, success_rewards
 
 
 @dataclass
@@ -187,7 +187,8 @@ class VADETrainer(MethodTrainer):
     def observe(self, rollouts: Rollouts):
         super().observe(rollouts)
         args = self.args
-        rows, rewards = prompt_visits(rollouts.everything)
+        outcomes = success_rewards(rollouts.everything, self.mask_truncated_completions)
+        rows, rewards = prompt_visits(rollouts.everything, outcomes)
         successes = (rewards > args.vade_success_threshold).sum(1)
         failures = (~rewards.isnan()).sum(1) - successes
         if len(rows):

@@ -220,6 +220,10 @@ def interleave(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return torch.cat([pairs, first[common:], second[common:]])
 
 
+def _cut_off_is_wrong(rewards: torch.Tensor, truncated: torch.Tensor) -> torch.Tensor:
+    return rewards.masked_fill(truncated & ~rewards.isnan(), 0.0)
+
+
 class VASTrainer(MethodTrainer):
     """
     VAS: Variance-Aware Sampling, from MMR1: Enhancing Multimodal Reasoning with Variance-Aware Sampling and Open
@@ -277,7 +281,7 @@ class VASTrainer(MethodTrainer):
     def _vas_sampled(self, row: int, samples: list[Sample]) -> list[float]:
         rewards = torch.tensor([sample.rewards[self.vas_column] for sample in samples], dtype=torch.float64)
         truncated = torch.tensor([sample.truncated for sample in samples])
-        rewards = torch.where(truncated & ~rewards.isnan(), 0.0, rewards)  # an answer that was cut off is wrong
+        rewards = _cut_off_is_wrong(rewards, truncated)
         return self._vas_measure(rewards, [sample.completion_ids for sample in samples])
 
     def _vas_learn(self, rows: torch.Tensor, found: list[list[float]]) -> None:
@@ -321,9 +325,11 @@ class VASTrainer(MethodTrainer):
                 self.log_metric(f"vas/{name}", values.nanmean())
 
     def _vas_observe(self, rollouts: Rollouts) -> None:
-        pairs = zip(rollouts.completion_ids, rollouts.completion_mask, strict=True)
-        responses = gather_object([ids[mask.bool()].tolist() for ids, mask in pairs])
-        rewards = rollouts.reward_matrix[:, self.vas_column].cpu().double()
+        # `mask_truncated_completions` masks all of an answer that was cut off, which has its length all the same.
+        sizes = torch.maximum(rollouts.completion_mask.sum(1), rollouts.lengths[rollouts.local]).tolist()
+        pairs = zip(rollouts.completion_ids.tolist(), sizes, strict=True)
+        responses = gather_object([ids[:size] for ids, size in pairs])
+        rewards = _cut_off_is_wrong(rollouts.reward_matrix[:, self.vas_column], rollouts.truncated).cpu().double()
         prompts = rollouts.prompt_index.cpu().masked_fill(rollouts.changed_prompt.cpu(), -1)
         rows, found = prompts[prompts >= 0].unique(), []
         for row in rows:
