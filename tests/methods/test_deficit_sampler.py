@@ -105,6 +105,18 @@ def test_the_weights_of_a_mixed_method_are_followed():
     assert trained.deficit_counts.tolist() == [10, 2, 2, 2]
 
 
+def test_weights_that_are_none_are_named():
+    class Weighing(MethodTrainer):
+        replaces = ("prompt_weights",)
+
+        def prompt_weights(self):
+            return torch.zeros(24)
+
+    trainer, config = mix("deficit_sampler", Weighing)
+    with pytest.raises(ValueError, match="prompt weights must be finite, at least 0 and not all 0"):
+        train(trainer, config)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_with_spo():
     trainer = train_mix(["deficit_sampler", "spo"], None)

@@ -91,6 +91,24 @@ def test_the_bound_ends_a_hopeless_search():
         train(DynamicSamplingTrainer, rewards=hopeless, ds_max_num_gen_batches=2, ds_on_exhausted="error")
 
 
+def test_signals_of_cut_off_answers_are_valid_and_logged():
+    """One rollout of each group is cut off, and is the only one without a success."""
+
+    def cut(prompts, trainer):
+        output = scripted(prompts, trainer)
+        output["completion_ids"] = [ids[:-1] if i % 4 == 0 else ids for i, ids in enumerate(output["completion_ids"])]
+        return output
+
+    def uncut(completions, **kwargs):
+        return [float(i % 4 > 0) for i in range(len(completions))]
+
+    trainer = train(Checking, rewards=uncut, rollout_func=cut, mask_truncated_completions=True, max_steps=1)
+    log = trainer.state.log_history[0]
+    assert log["ds/valid_share"] == log["ds/valid_by_masked"] == 1 and log["ds/filler_groups"] == 0
+    trainer = train(Checking, rewards=rare, rollout_func=scripted, mask_truncated_completions=True, max_steps=1)
+    assert trainer.state.log_history[0]["ds/valid_by_masked"] == 0
+
+
 def test_oversampling():
     trainer = train(Checking, rewards=rare, rollout_func=scripted, ds_gen_batch_multiplier=3, max_steps=2)
     assert all(len(rollouts.everything) % 24 == 0 for rollouts in trainer.seen)

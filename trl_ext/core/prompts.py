@@ -101,6 +101,26 @@ class ShuffledOrder:
         return order[position * self.chunk : (position + 1) * self.chunk]
 
 
+def usable_weights(weights: torch.Tensor) -> torch.Tensor:
+    """
+    Prompt weights in float64 on the CPU.
+
+    Args:
+        weights (`torch.Tensor`):
+            Shape `(P,)`.
+
+    Raises:
+        ValueError: if a weight is negative, NaN or infinite, or all are 0.
+    """
+    weights = weights.double().cpu()
+    if not (weights.isfinite() & (weights >= 0)).all() or not (weights > 0).any():
+        raise ValueError(
+            "prompt weights must be finite, at least 0 and not all 0; got a minimum of "
+            f"{weights.min().item()} and a maximum of {weights.max().item()}."
+        )
+    return weights
+
+
 def draw_rows(weights: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
     """
     Draw prompts with probability proportional to their weights.
@@ -117,14 +137,9 @@ def draw_rows(weights: torch.Tensor, n: int, generator: torch.Generator) -> torc
         `torch.Tensor`: `n` rows, without replacement; with replacement only if fewer than `n` weights are positive.
 
     Raises:
-        ValueError: if a weight is negative, NaN or infinite, or all are 0.
+        ValueError: as [`usable_weights`].
     """
-    weights = weights.double().cpu()
-    if not (weights.isfinite() & (weights >= 0)).all() or not (weights > 0).any():
-        raise ValueError(
-            "prompt weights must be finite, at least 0 and not all 0; got a minimum of "
-            f"{weights.min().item()} and a maximum of {weights.max().item()}."
-        )
+    weights = usable_weights(weights)
     replacement = int((weights > 0).sum()) < n
     return torch.multinomial(weights, n, replacement=replacement, generator=generator)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core import MethodConfig, MethodTrainer, Rollouts
-from ..core.prompts import draw_by_deficit
+from ..core.prompts import draw_by_deficit, usable_weights
 
 
 @dataclass
@@ -53,7 +53,7 @@ class DeficitSamplerTrainer(MethodTrainer):
         if weights is None:
             target = torch.full((size,), 1 / size, dtype=torch.float64)
         else:
-            weights = torch.as_tensor(weights).cpu().double()
+            weights = usable_weights(torch.as_tensor(weights))
             target = weights / weights.sum()
         self.deficit_pending = draw_by_deficit(self.deficit_deficits, target, n)
         return self.deficit_pending[0]

@@ -109,7 +109,9 @@ class DynamicSamplingTrainer(MethodTrainer):
     State: the position in the stream of extra prompts.
 
     Logs `ds/num_gen_batches`, `ds/valid_share` (of all generated groups), `ds/discarded_valid` (groups with a signal
-    that were not needed) and `ds/filler_groups` (groups without one that are trained on).
+    that were not needed) and `ds/filler_groups` (groups without one that are trained on); with
+    `mask_truncated_completions` also `ds/valid_by_masked` (share of the groups trained on whose signal lies in answers
+    that were cut off, which are not trained on).
     """
 
     config_class = DynamicSamplingConfig
@@ -176,6 +178,10 @@ class DynamicSamplingTrainer(MethodTrainer):
         self.log_metric("ds/valid_share", valid.float().mean())
         self.log_metric("ds/discarded_valid", valid.sum() - valid[groups].sum())
         self.log_metric("ds/filler_groups", (~valid[groups]).sum())
+        if self.mask_truncated_completions:
+            others = scored.reward_matrix.masked_fill(scored.truncated.unsqueeze(1), torch.nan)
+            alone = self._ds_valid(scored.replace(reward_matrix=others))
+            self.log_metric("ds/valid_by_masked", (valid & ~alone)[groups].float().mean())
         ids = scored.group_ids.unique()[groups]
         return torch.isin(scored.group_ids, ids).nonzero().squeeze(1)
 
