@@ -512,8 +512,10 @@ def main(argv: list[str] | None = None) -> None:
         row = left[0]
         seen.add(row)
         row.path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(Timeout), FileLock(row.path.with_suffix(".lock"), timeout=0):
+        lock = row.path.with_suffix(".lock")
+        with contextlib.suppress(Timeout), FileLock(lock, timeout=0):
             run(row)
+            lock.unlink()
     text = table(list(TASKS))
     (RESULTS / "runs.md").write_text(text, encoding="utf-8")
     print(text)

@@ -265,6 +265,6 @@ def test_bad_input():
     for loss_type in ("sapo", "vespo"):
         with pytest.raises(ValueError, match=f"`loss_type='{loss_type}'`"):
             build(GPPOTrainer, num_iterations=2, loss_type=loss_type)
-    for other in ("bapo", "clip_cov", "kl_cov"):
+    for other in ("bapo", "clip_cov"):
         with pytest.raises(TypeError, match="contradict each other"):
             mix("gppo", other)
