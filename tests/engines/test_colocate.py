@@ -83,7 +83,11 @@ def test_methods_train_on_the_engine(engine, names, lora):
 def test_every_method_trains_on_the_engine(engine, name, teacher):
     trainer = train_mix([name], teacher, **COLOCATE)
     assert all(p.isfinite().all() for p in parameters(trainer).values())
-    assert min(logged(trainer, f"{RATIO}/min")) > 1 - CLOSE and max(logged(trainer, f"{RATIO}/max")) < 1 + CLOSE
+    ratios = [logged(trainer, f"{RATIO}/{end}") for end in ("min", "max")]
+    if trainer.vllm_importance_sampling_correction:
+        assert min(ratios[0]) > 1 - CLOSE and max(ratios[1]) < 1 + CLOSE
+    else:
+        assert ratios == [[], []] and name == "disco"  # it has no weights of tokens
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
