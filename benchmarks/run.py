@@ -515,7 +515,7 @@ def main(argv: list[str] | None = None) -> None:
         lock = row.path.with_suffix(".lock")
         with contextlib.suppress(Timeout), FileLock(lock, timeout=0):
             run(row)
-            lock.unlink()
+            lock.unlink(missing_ok=True)
     text = table(list(TASKS))
     (RESULTS / "runs.md").write_text(text, encoding="utf-8")
     print(text)

@@ -485,16 +485,14 @@ def draw_gains(path: Path) -> None:
     """Draw what every method and mix gains on GRPO's mean over rollouts, with 95% intervals, a column per task."""
     from matplotlib.figure import Figure
 
-    run, tasks = comparison(), rows_of_runs()
-    gains = {
-        task: {
-            name: run.gains(rows, base, run.area)
-            for name, rows in found.items()
-            if name != run.baseline_of(name) and (base := found.get(run.baseline_of(name)))
-        }
-        for task, found in tasks.items()
-    }
-    gains = {task: {name: values for name, values in some.items() if len(values) > 1} for task, some in gains.items()}
+    run = comparison()
+    gains: dict[str, dict[str, list[float]]] = {}
+    for task, found in rows_of_runs().items():
+        gains[task] = {}
+        for name in found.keys() - set(map(run.baseline_of, found)):
+            values = run.gains(found[name], found.get(run.baseline_of(name), []), run.area)
+            if len(values) > 1:  # else there is no interval
+                gains[task][name] = values
     first = next(iter(gains.values()))
     names = sorted(first, key=lambda name: sum(first[name]) / len(first[name]))
     names = [*sorted({name for some in gains.values() for name in some} - set(names)), *names]

@@ -12,8 +12,8 @@ import torch
 from common import over_seeds, report
 from softmax_policy import GROUP, POSITIONS, PROMPTS, train
 
-from trl_ext.core.loss import clipped_loss
-from trl_ext.methods.clip_cov import clip_cov_draw, clip_cov_eligible, ppo_clipped, token_covariance
+from trl_ext.core.loss import clipped_loss, ppo_clipped
+from trl_ext.methods.clip_cov import clip_cov_draw, clip_cov_eligible, token_covariance
 
 
 RATIOS = (2e-4, 0.05, 0.2)

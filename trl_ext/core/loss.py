@@ -38,6 +38,30 @@ def clipped_loss(
     return -torch.min(ratio * advantages, clipped * advantages)
 
 
+def ppo_clipped(
+    log_ratio: torch.Tensor,
+    advantages: torch.Tensor,
+    ratio_low: "float | torch.Tensor | None",
+    ratio_high: "float | torch.Tensor | None",
+) -> torch.Tensor:
+    """
+    Tokens at which PPO's bound is active: the clipped term is strictly the larger loss.
+
+    Args:
+        log_ratio (`torch.Tensor`):
+            Shape `(B, T)` or `(B, 1)`.
+        advantages (`torch.Tensor`):
+            Shape `(B, T)`.
+        ratio_low (`float` or `torch.Tensor`), ratio_high (`float` or `torch.Tensor`):
+            Bounds of the ratio; None = no bound, but not on both sides.
+
+    Returns:
+        `torch.Tensor`: Boolean, shape `(B, T)`.
+    """
+    ratio = log_ratio.detach().exp()
+    return -advantages * ratio.clamp(ratio_low, ratio_high) > -advantages * ratio
+
+
 def cispo_loss(
     log_ratio: torch.Tensor, advantages: torch.Tensor, logps: torch.Tensor, ratio_high: "float | torch.Tensor"
 ) -> torch.Tensor:

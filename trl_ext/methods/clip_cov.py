@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..core import MethodConfig, MethodTrainer, TokenBatch
+from ..core.loss import ppo_clipped
 from ..core.prompts import make_generator
 
 
@@ -82,30 +83,6 @@ def covariance_sums(logps: torch.Tensor, advantages: torch.Tensor, mask: torch.T
     valid = mask.bool()
     parts = (valid.to(logps.dtype), torch.where(valid, logps.detach(), 0.0), torch.where(valid, advantages, 0.0))
     return torch.stack([part.sum() for part in parts])
-
-
-def ppo_clipped(
-    log_ratio: torch.Tensor,
-    advantages: torch.Tensor,
-    ratio_low: "float | torch.Tensor",
-    ratio_high: "float | torch.Tensor",
-) -> torch.Tensor:
-    """
-    Tokens at which PPO's bound is active: the clipped term is strictly the larger loss.
-
-    Args:
-        log_ratio (`torch.Tensor`):
-            Shape `(B, T)` or `(B, 1)`.
-        advantages (`torch.Tensor`):
-            Shape `(B, T)`.
-        ratio_low (`float` or `torch.Tensor`), ratio_high (`float` or `torch.Tensor`):
-            Bounds of the ratio.
-
-    Returns:
-        `torch.Tensor`: Boolean, shape `(B, T)`.
-    """
-    ratio = log_ratio.detach().exp()
-    return -advantages * ratio.clamp(ratio_low, ratio_high) > -advantages * ratio
 
 
 def clip_cov_eligible(

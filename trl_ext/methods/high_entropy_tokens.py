@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..core import MethodConfig, MethodTrainer, TokenBatch
-from ..core.loss import PER_BATCH, renormalised_selection
+from ..core.loss import PER_BATCH, ppo_clipped, renormalised_selection
 
 
 @dataclass
@@ -168,10 +168,7 @@ class HighEntropyTokensTrainer(MethodTrainer):
         self.log_token_metric(
             "high_entropy_tokens/threshold", threshold.nan_to_num(), one.masked_fill(threshold.isnan(), 0.0)
         )
-        ratio, low, high = tokens.log_ratio.detach().exp(), tokens.ratio_low, tokens.ratio_high
-        clipped = ((tokens.advantages < 0) & (ratio < (-1 if low is None else low))) | (
-            (tokens.advantages > 0) & (ratio > (torch.inf if high is None else high))
-        )
+        clipped = ppo_clipped(tokens.log_ratio, tokens.advantages, tokens.ratio_low, tokens.ratio_high)
         self.log_token_metric("high_entropy_tokens/clipped", (clipped & valid).sum(), valid.sum())
         before = super().token_weights(tokens.replace(mask=selected.to(tokens.mask.dtype)))
         return weights if before is None else before * weights
