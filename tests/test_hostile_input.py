@@ -11,6 +11,7 @@ import time
 import warnings
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -358,6 +359,8 @@ def stubborn():
         if text == "loop":
             while True:
                 pass
+        if text == "slow":
+            time.sleep(0.05)
         if text == "die":
             os._exit(3)
         if text == "big":
@@ -376,15 +379,23 @@ def test_the_worker_outlives_every_text(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     worker = Worker()
 
-    def score(text):
-        return in_a_thread(lambda: worker.score("my_scorers:stubborn", [], text, "4", seconds=0.1))
+    def score(*texts):
+        return in_a_thread(lambda: worker.score("my_scorers:stubborn", [], texts, ["4"] * len(texts), seconds=0.1))
 
-    assert [score(text) for text in ("4", "hang", "4", "loop", "5", "die", "4", "big", "4")] == [
-        *(1.0, None, 1.0, None, 0.0, None, 1.0, None, 1.0)
-    ]
+    texts = ("4", "hang", "4", "loop", "5", "die", "4", "big", "hang", "die", "4", "die")
+    expected = [1.0, None, 1.0, None, 0.0, None, 1.0, None, None, None, 1.0, None]
+    assert score(*texts) == expected
+    assert [score(text) for text in texts] == [[value] for value in expected]
+    assert score() == []
+    # The limit is for a text: together these take longer.
+    assert score(*["slow"] * 40) == [0.0] * 40
+    # What was asked before an interrupt is not answered after it.
+    with pytest.raises(KeyboardInterrupt), mock.patch("json.loads", side_effect=KeyboardInterrupt):
+        worker.score("my_scorers:stubborn", [], ["5", "5"], ["4", "4"])
+    assert score("4") == [1.0]
     with pytest.raises(RuntimeError, match=r"could not load my_scorers:broken \[\] \(ImportError: no such library\)"):
-        worker.score("my_scorers:broken", [], "4", "4")
-    assert score("4") == 1.0
+        worker.score("my_scorers:broken", [], ["4"], ["4"])
+    assert score("4") == [1.0]
 
 
 EVALUATING = {

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 from .embedded import completion_text
 
@@ -31,48 +32,55 @@ class OutOfTimeError(BaseException):
 
 
 class Worker:
-    """A process that scores texts, one at a time. It starts when it is first needed, and again after it was ended."""
+    """A process that scores texts. It starts when it is first needed, and again after it was ended."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._process, self._owner, self._loaded = None, None, set()
 
-    def score(self, factory: str, arguments: list, text, reference, seconds: float = SECONDS):
+    def score(self, factory: str, arguments: list, texts: list, references: list, seconds: float = SECONDS) -> list:
         """
-        Score one text.
+        Score texts.
 
         Args:
             factory (`str`):
-                `"package.module:function"` that makes the scorer, which gets text and reference.
+                `"package.module:function"` that makes the scorer, which gets a text and its reference.
             arguments (`list`):
                 Arguments of the factory, as JSON has them.
-            text (`str` or `None`), reference (`str`):
-                What the model wrote, and what it is compared with.
+            texts (`list[str | None]`), references (`list[str]`):
+                What the model wrote, and what each is compared with.
             seconds (`float`, *optional*, defaults to `5.0`):
-                Computing time for it. What cannot be interrupted is ended after twice as long.
+                Computing time for each. What cannot be interrupted is ended after twice as long.
 
         Returns:
-            What the scorer returned, as JSON has it; None if time or memory were used up, or the scorer failed.
+            `list`: for each text what the scorer returned, as JSON has it; None if time or memory were used up, or the
+            scorer failed.
 
         Raises:
             RuntimeError: if the process cannot be started, or the scorer cannot be made there.
         """
+        pairs, values = [*zip(texts, references, strict=True)], []
         with self._lock:
             scorer = json.dumps([factory, arguments], default=vars)
-            if self._owner != os.getpid() or self._process.poll() is not None:
-                self._start()
-            if scorer not in self._loaded:
-                answer = self._ask([scorer, None, None, 0], START_SECONDS)
-                if answer != {"value": True}:
-                    self._stop()
-                    reason = (answer or {}).get("error", f"no answer in {START_SECONDS:.0f} s")
-                    raise RuntimeError(
-                        f"the process that scores completions could not load {factory} {arguments} ({reason}): check "
-                        "that it can be imported in a new Python process, and that there is memory for one."
-                    )
-                self._loaded.add(scorer)
-            answer = self._ask([scorer, text, reference, seconds], 2 * seconds + 1)
-            return None if answer is None else answer.get("value")
+            while len(values) < len(pairs):
+                if self._owner != os.getpid() or self._process.poll() is not None:
+                    self._start()
+                if scorer not in self._loaded:
+                    (answer,) = self._ask([scorer, [None], 0], 1, START_SECONDS) or [{}]
+                    if answer != {"value": True}:
+                        self._stop()
+                        reason = answer.get("error", f"no answer in {START_SECONDS:.0f} s")
+                        raise RuntimeError(
+                            f"the process that scores completions could not load {factory} {arguments} ({reason}): "
+                            "check that it can be imported in a new Python process, and that there is memory for one."
+                        )
+                    self._loaded.add(scorer)
+                left = pairs[len(values) :]
+                answers = self._ask([scorer, left, seconds], len(left), 2 * seconds + 1)
+                values += [answer.get("value") for answer in answers]
+                if len(answers) < len(left):  # the text that it ended at
+                    values.append(None)
+        return values
 
     def _start(self) -> None:
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -93,28 +101,37 @@ class Worker:
             self._process.kill()
             self._process.communicate()
 
-    def _ask(self, question: list, seconds: float) -> dict | None:
-        timer = threading.Timer(seconds, self._process.kill)
-        timer.daemon = True
-        timer.start()
+    def _ask(self, questions: list, count: int, seconds: float) -> list[dict]:
+        """Answers to a line of questions; fewer if the process ended, as it does where one takes too long."""
+        process, answers, over = self._process, [], threading.Event()
+        deadline = time.monotonic() + seconds
+
+        def watch():
+            while not over.wait(deadline - time.monotonic()):
+                if time.monotonic() >= deadline:  # no answer has put it off
+                    process.kill()
+
+        threading.Thread(target=watch, daemon=True).start()
         try:
-            self._process.stdin.write(json.dumps(question) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            process.stdin.write(json.dumps(questions) + "\n")
+            process.stdin.flush()
+            while len(answers) < count and (line := process.stdout.readline()).endswith("\n"):
+                answers.append(json.loads(line))
+                deadline = time.monotonic() + seconds
         except OSError:  # it ended before it was asked
-            line = ""
+            pass
         finally:
-            timer.cancel()
-        if not line:
-            self._stop()
-        return json.loads(line) if line else None
+            over.set()
+            if len(answers) < count:  # also where an interrupt leaves answers that nobody waits for
+                self._stop()
+        return answers
 
 
 WORKER = Worker()
 
 
 def serve() -> None:
-    """What the process does: a line of JSON in, a line of JSON out, until its input ends."""
+    """What the process does: a line of JSON with questions in, a line for each answer out, until its input ends."""
     channel, sys.stdout = sys.stdout, sys.stderr  # what a verifier prints is no answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to the training, too
     with contextlib.suppress(ImportError, ValueError, OSError):
@@ -126,22 +143,23 @@ def serve() -> None:
         signal.signal(signal.SIGVTALRM, _out_of_time)
     scorers = {}
     for line in sys.stdin:
-        scorer, text, reference, seconds = json.loads(line)
-        try:
-            if scorer not in scorers:
-                (path, arguments), answer = json.loads(scorer), {"value": True}
-                module, _, name = path.partition(":")
-                scorers[scorer] = getattr(importlib.import_module(module), name)(*arguments)
-            else:
+        scorer, pairs, seconds = json.loads(line)
+        for pair in pairs:
+            try:
+                if pair is None:
+                    (path, arguments), answer = json.loads(scorer), {"value": True}
+                    module, _, name = path.partition(":")
+                    scorers[scorer] = getattr(importlib.import_module(module), name)(*arguments)
+                else:
+                    if timer is not None:
+                        signal.setitimer(timer, seconds)
+                    answer = {"value": scorers[scorer](*pair)}
+            except (Exception, OutOfTimeError) as error:
+                answer = {"error": f"{type(error).__name__}: {error}"[:500]}
+            finally:
                 if timer is not None:
-                    signal.setitimer(timer, seconds)
-                answer = {"value": scorers[scorer](text, reference)}
-        except (Exception, OutOfTimeError) as error:
-            answer = {"error": f"{type(error).__name__}: {error}"[:500]}
-        finally:
-            if timer is not None:
-                signal.setitimer(timer, 0)
-        print(json.dumps(answer), file=channel, flush=True)
+                    signal.setitimer(timer, 0)
+            print(json.dumps(answer), file=channel, flush=True)
 
 
 def _out_of_time(signum, frame):
@@ -192,18 +210,14 @@ class MathReward:
             raise ValueError(
                 f"{self.__name__} compares with the column `solution`, which must hold text, but {found}."
             )
-        rewards, extras = [], []
-        for completion, right in zip(completions, solution, strict=True):
-            text = completion_text(completion) or ""
-            answer = WORKER.score(f"{__name__}:math_scorer", [self.__name__], text, right, self.seconds)
-            reward, extra = (0.0, ["[not scored]"] * 2) if answer is None else answer
-            rewards.append(reward)
-            extras.append(extra)
+        texts = [completion_text(completion) or "" for completion in completions]
+        scored = WORKER.score(f"{__name__}:math_scorer", [self.__name__], texts, solution, self.seconds)
+        scored = [found or (0.0, ["[not scored]"] * 2) for found in scored]
         if log_extra is not None:
             log_extra("solution", list(solution))
-            log_extra("gold_parsed", [gold for gold, _ in extras])
-            log_extra("answer_parsed", [parsed for _, parsed in extras])
-        return rewards
+            log_extra("gold_parsed", [gold for _, (gold, _) in scored])
+            log_extra("answer_parsed", [parsed for _, (_, parsed) in scored])
+        return [reward for reward, _ in scored]
 
 
 def math_scorer(name: str):

@@ -463,11 +463,9 @@ class ReasoningGymReward:
             `list[float]`: scores between 0.0 and 1.0.
         """
         arguments = [self.task, self.task_config, type(self.source).__module__]
-        rewards = []
-        for completion, e in zip(completions, entry, strict=True):
-            text = completion_text(completion)
-            rewards.append(WORKER.score(f"{__name__}:reasoning_gym_scorer", arguments, text, e, self.seconds) or 0.0)
-        return rewards
+        texts = [*map(completion_text, completions)]
+        scores = WORKER.score(f"{__name__}:reasoning_gym_scorer", arguments, texts, entry, self.seconds)
+        return [score or 0.0 for score in scores]
 
     @property
     def source(self):
