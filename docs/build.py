@@ -511,11 +511,19 @@ def draw_gains(path: Path) -> None:
 
 
 def evidence_page(found: list[Method]) -> str:
-    """What every method's argument rests on, and whether it showed."""
+    """What methods gain on plain GRPO; what every method's argument rests on, and whether it showed."""
+    lines = ["---", "hide: [toc]", "---", "", "# Evidence", ""]
+    if rows_of_runs():
+        run = comparison()
+        lines += ["## Against plain GRPO at equal rollouts { #runs }", "", *part_of_module(run), ""]
+        lines += ["![What methods gain on GRPO](gains.svg)", ""]
+        lines += ["Blue: the 95% interval leaves out 0, as one in twenty does by chance.", ""]
+        lines += [*run.table(list(run.TASKS)).replace("\n## ", "\n### ").splitlines()[4:], ""]
     records = {method.slug: results_of(method.slug).values() for method in found}
     shares = [n / record["seeds"] for some in records.values() for record in some for n in record["claims"].values()]
-    lines = ["---", "hide: [toc]", "---", "", "# Evidence", ""]
     lines += [
+        "## Mechanisms",
+        "",
         "A method's argument rests on some statistic: more prompts with a signal, a gradient that varies less. "
         "`benchmarks/mechanisms` measures it with the method's own functions, at a small scale; that the statistic "
         "shows does not mean that benchmarks improve. A method's page has the numbers and the paper's figures.",
@@ -530,11 +538,6 @@ def evidence_page(found: list[Method]) -> str:
     for method in found:
         said = [cell(claim) for record in records[method.slug] for claim in claims(record)]
         lines.append(f"| [{method.trainer._name}]({method.page}#evidence) | {'<br>'.join(said) or 'no check'} |")
-    if rows_of_runs():
-        run = comparison()
-        lines += ["", "## Against plain GRPO at equal rollouts { #runs }", "", *part_of_module(run), ""]
-        lines += ["![What methods gain on GRPO](gains.svg)", "", "Blue: the interval leaves out 0.", ""]
-        lines += run.table(list(run.TASKS)).replace("\n## ", "\n### ").splitlines()[4:]
     return "\n".join(lines) + "\n"
 
 
