@@ -729,6 +729,7 @@ def generate(folder: Path) -> list:
     titles = {slug: symptom["title"] for slug, symptom in symptoms.items()}
     names, pairs = {method.slug: method.trainer._name for method in found}, refused(found)
     links = {"docs/step.svg": "/step.svg", "recipes/README.md": "/recipes.md", "CONTRIBUTING.md": "/contributing.md"}
+    links["benchmarks/results/runs.md"] = "/evidence.md#runs"
     if (HERE / "properties.md").exists():
         links["docs/properties.md"] = "/properties.md"
     start = part_of(readme, "# trl_ext", "\n## Methods")
