@@ -451,7 +451,7 @@ def run(row: Row) -> None:
         return
     try:
         result = train(row)
-    except ValueError as error:  # settings that do not go together
+    except (ValueError, MixingError) as error:  # settings that do not go together
         print(f"{row.task} {row.name}: {error}", file=sys.stderr)
         return
     partial = row.path.with_suffix(".partial")

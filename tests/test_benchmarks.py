@@ -150,6 +150,12 @@ def test_a_row_is_trained_once(bench, monkeypatch, capsys):
     assert trained == [0, 1, 2, 3, 4] and "at least 5 rows" in capsys.readouterr().err
 
 
+def test_a_mix_that_needs_a_setting_is_passed_over(bench, capsys):
+    row = bench.Row("sums", "epo+one_shot_rlvr", 1e-4, 0, budget=64)
+    bench.run(row)
+    assert bench.read(row) is None and "`entropy_coef` must be given" in capsys.readouterr().err
+
+
 def test_the_sparse_task_wants_seven_more(bench):
     plain, sparse = bench.load("sums", 0), bench.load("sparse", 0)
     assert plain.train["prompt"] == sparse.train["prompt"] and len(sparse.train) == bench.TRAIN_PROMPTS
