@@ -18,8 +18,8 @@ included: a small grid on seeds of its own and one task, by the mean of the held
 scatters less than its end; everything else is the method's default. Methods that act only off-policy go over each
 generation twice, and are compared with a GRPO that does so, too (`grpo x2`). All methods run on two tasks; the best of
 them, by what they gain on that mean, on the other two. Mixes are searched among the pairs of the best methods, with
-the smaller of their learning rates, on the tuning seeds of the first two tasks at a third of the budget; the best are
-then run as any method, on the tasks that they were not chosen on, too.
+the smaller of their learning rates, on the tuning seeds of the first two tasks at a third of the budget, beside their
+parts and the baselines; the best are then run as any method, on the tasks that they were not chosen on, too.
 """
 
 import argparse
@@ -270,15 +270,17 @@ def best(count: int) -> list[str]:
 
 
 def mixes() -> list[Row]:
-    """Rows of the search for a mix: pairs of the best methods, if they go together."""
+    """Rows of the search for a mix: the baselines, the best methods, and their pairs that go together."""
+    singles = best(BEST)
+    pairs = map("+".join, itertools.combinations(singles, 2))
     rows = []
-    for pair in itertools.combinations(best(BEST), 2):
+    for name in dict.fromkeys([*map(baseline_of, singles), *singles, *pairs]):
         try:
-            mix(*pair)
+            classes(name)
         except MixingError:  # they replace the same thing
             continue
-        rate = min(map(best_rate, pair))
-        rows += [Row(task, "+".join(pair), rate, seed, BUDGET // 3) for task in ALL_ON for seed in TUNING_SEEDS]
+        rate = min(map(best_rate, name.split("+")))
+        rows += [Row(task, name, rate, seed, BUDGET // 3) for task in ALL_ON for seed in TUNING_SEEDS]
     return rows
 
 
@@ -430,8 +432,9 @@ def table(tasks: list[str]) -> str:
     tried = {task: finished(f"{task}_{BUDGET // 3}") for task in ALL_ON}
     if names := set.intersection(*map(set, tried.values())):
         found = {name: [statistics.fmean(map(area, tried[task][name])) for task in ALL_ON] for name in names}
-        lines += ["## Mixes tried with a third of the rollouts", "", "Mean accuracy over the rollouts.", ""]
-        lines += [f"| mix | learning rate | {' | '.join(ALL_ON)} |", "|---|---" + "|---" * len(ALL_ON) + "|"]
+        lines += ["## Mixes tried with a third of the rollouts, beside their parts", ""]
+        lines += ["Mean accuracy over the rollouts; two seeds.", ""]
+        lines += [f"| method or mix | learning rate | {' | '.join(ALL_ON)} |", "|---|---" + "|---" * len(ALL_ON) + "|"]
         for name in sorted(names, key=lambda name: -math.prod(found[name])):
             rate = tried[TUNED_ON][name][0]["learning_rate"]
             lines.append(f"| {name} | {rate:g} | {' | '.join(f'{score:.3f}' for score in found[name])} |")

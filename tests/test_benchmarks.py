@@ -91,17 +91,25 @@ def test_the_best_and_the_search_for_a_mix(bench):
     assert bench.best(9) == ["clip_cov", "ngrpo", "spo", "grpo_lambda", "dcpo"] and len(bench.best(2)) == 2
     bench.BEST = 3
     rows = bench.mixes()
-    # Not with those behind, nor SPO with NGRPO, as both replace the advantages.
+    # Their parts and the baseline first. Not with those behind, nor SPO with NGRPO, as both replace the advantages.
     assert [(row.name, row.task, row.learning_rate, row.seed) for row in rows] == [
         (name, task, rate, seed)
-        for name, rate in (("clip_cov+ngrpo", 5e-5), ("clip_cov+spo", 2.5e-5))
+        for name, rate in {
+            "grpo": 5e-5,
+            "clip_cov": 5e-5,
+            "ngrpo": 5e-5,
+            "spo": 2.5e-5,
+            "clip_cov+ngrpo": 5e-5,
+            "clip_cov+spo": 2.5e-5,
+        }.items()
         for task in ("sums", "sparse")
         for seed in bench.TUNING_SEEDS
     ]
     assert {row.budget for row in rows} == {bench.BUDGET // 3} and rows[0].path.parent.name == "sums_4266"
-    write(bench, rows[0], 0.54)
+    on_sums, on_sparse = (next(row for row in rows if row[:2] == (task, "clip_cov+ngrpo")) for task in bench.ALL_ON)
+    write(bench, on_sums, 0.54)
     assert "clip_cov+ngrpo" not in bench.table(["sums"])  # shown when it has run on both tasks
-    write(bench, rows[2], 0.34)
+    write(bench, on_sparse, 0.34)
     text = bench.table(["sums"])
     assert "| clip_cov+ngrpo | 5e-05 | 0.420 | 0.320 |" in text and text.count("clip_cov+ngrpo") == 1
 
