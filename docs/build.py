@@ -481,10 +481,9 @@ def draw_runs(slug: str, path: Path) -> bool:
     return True
 
 
-def draw_gains(path: Path) -> None:
-    """Draw what every method and mix gains on GRPO's mean over rollouts, with 95% intervals, a column per task."""
-    from matplotlib.figure import Figure
-
+@functools.cache
+def gains_on_grpo() -> dict[str, dict[str, list[float]]]:
+    """What every method and mix gains on GRPO's mean over rollouts: task -> name -> a number per seed."""
     run = comparison()
     gains: dict[str, dict[str, list[float]]] = {}
     for task, found in rows_of_runs().items():
@@ -493,6 +492,21 @@ def draw_gains(path: Path) -> None:
             values = run.gains(found[name], found.get(run.baseline_of(name), []), run.area)
             if len(values) > 1:  # else there is no interval
                 gains[task][name] = values
+    return gains
+
+
+def gain(slug: str) -> str:
+    """What a method gains, for a cell of a table."""
+    run, found = comparison(), {task: some[slug] for task, some in gains_on_grpo().items() if slug in some}
+    said = [f"`{task}` {sum(x) / len(x):+.3f} ± {run.half_width(x):.3f}" for task, x in found.items()]
+    return "<br>".join(said) or "-"
+
+
+def draw_gains(path: Path) -> None:
+    """Draw the gains with 95% intervals, a column per task."""
+    from matplotlib.figure import Figure
+
+    run, gains = comparison(), gains_on_grpo()
     first = next(iter(gains.values()))
     names = sorted(first, key=lambda name: sum(first[name]) / len(first[name]))
     names = [*sorted({name for some in gains.values() for name in some} - set(names)), *names]
@@ -617,20 +631,23 @@ def cost(slug: str) -> list[str]:
 def methods_page(found: list[Method], titles: dict[str, str]) -> str:
     lines = ["---", "hide: [toc]", "---", "", "# Methods", ""]
     lines += [
-        "Choose a problem or a hook. A method's page has its equations, settings, metrics, sources and evidence.",
+        "Choose a problem or a hook. A method's page has its equations, settings, metrics, sources and evidence. "
+        "The gain is on plain GRPO's mean accuracy over the rollouts ([comparison](/evidence.md#runs), on a tiny "
+        "policy), the time that of a step over TRL's there.",
         "",
     ]
     lines += [
         "<div>" + "".join(f'<a id="{slug}"></a>' for slug in titles) + '</div><div id="filters"></div>',
         "",
-        "| method | what it does | hooks | for | needs |",
-        "|---|---|---|---|---|",
+        "| method | what it does | hooks | for | needs | gain | time |",
+        "|---|---|---|---|---|---|---|",
     ]
+    times = {name: f"{ratio:.2f}" for name, ratio in comparison().costs("time").items()}
     for method in found:
         hooks = "<br>".join(f"`{hook}`" for hook in method.hooks) or "-"
         symptoms = "<br>".join(f"[{titles[s]}](/guide.md#{s})" for s in method.notes["symptoms"])
         row = f"[{method.trainer._name}]({method.page}) | {method.summary} | {hooks} | {symptoms} | {method.needs}"
-        lines.append(f"| {row} |")
+        lines.append(f"| {row} | {gain(method.slug)} | {times.get(method.slug, '-')} |")
     return "\n".join(lines) + "\n"
 
 

@@ -292,13 +292,16 @@ def test_every_record_of_a_mechanism_is_on_a_page():
 
 def test_runs_are_on_the_pages(site):
     run = docs.comparison()
-    table = (site[0] / "evidence.md").read_text(encoding="utf-8")
+    table, index = ((site[0] / name).read_text(encoding="utf-8") for name in ("evidence.md", "methods/index.md"))
     for task, found in docs.rows_of_runs().items():
         for slug in found.keys() & set(list_methods()):
             page = (site[0] / f"methods/{slug}.md").read_text(encoding="utf-8")
             end = run.interval([run.final(row) for row in found[slug]])
             assert f"- `{task}`: {end} of the held-out prompts at the end" in page and f"| {slug} | " in table
             assert f"]({slug}_runs.svg)" in page and (site[0] / f"methods/{slug}_runs.svg").is_file()
+            values = run.gains(found[slug], found[run.baseline_of(slug)], run.area)
+            (row,) = [line for line in index.splitlines() if line.startswith("| [") and f"/methods/{slug}.md)" in line]
+            assert f"`{task}` {sum(values) / len(values):+.3f} ± {run.half_width(values):.3f}" in row
     assert "](gains.svg)" in table and "knapsack_rl" in (site[0] / "gains.svg").read_text(encoding="utf-8")
     for slug, reason in run.LEFT_OUT.items():
         assert reason in (site[0] / f"methods/{slug}.md").read_text(encoding="utf-8")
