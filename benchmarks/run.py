@@ -263,9 +263,8 @@ def best(count: int) -> list[str]:
         found = rows_of(task)
         for name in set(found) & set(list_methods()):
             if base := found.get(baseline_of(name)):
-                learned = statistics.fmean(area(result) - result["curve"][0][1] for result in base)
-                scores.setdefault(name, []).append(statistics.fmean(gains(found[name], base, area)) / learned)
-    ready = {name: statistics.fmean(gains) for name, gains in scores.items() if len(gains) == len(ALL_ON)}
+                scores.setdefault(name, []).append(statistics.fmean(shares_gained(found[name], base)))
+    ready = {name: statistics.fmean(shares) for name, shares in scores.items() if len(shares) == len(ALL_ON)}
     return sorted(ready, key=ready.get, reverse=True)[:count]
 
 
@@ -351,6 +350,23 @@ def gains(results: list[dict], base: list[dict], value: Callable[[dict], float])
     return [value(result) - by_seed[result["seed"]] for result in results if result["seed"] in by_seed]
 
 
+def shares_gained(results: list[dict], base: list[dict]) -> list[float]:
+    """Gains on the baseline's mean over rollouts, as shares of what the baseline learns, seed by seed."""
+    learned = statistics.fmean(area(result) - result["curve"][0][1] for result in base)
+    return [gain / learned for gain in gains(results, base, area)]
+
+
+def on_all(tasks: list[str]) -> dict[str, list[float]]:
+    """The shares gained by methods and mixes that have run on all tasks, seed by seed; means of the tasks."""
+    rows = [rows_of(task) for task in tasks]
+    shares = {
+        name: [shares_gained(found[name], found[baseline_of(name)]) for found in rows]
+        for name in set.intersection(*map(set, rows)) - {"grpo", "grpo x2"}
+        if all(baseline_of(name) in found for found in rows)
+    }
+    return {name: np.mean(some, 0).tolist() for name, some in shares.items() if {*map(len, some)} == {len(SEEDS)}}
+
+
 def rows_of(task: str) -> dict[str, list[dict]]:
     """Rows of a task by method, at the learning rate that was chosen."""
     found = {}
@@ -428,6 +444,13 @@ def table(tasks: list[str]) -> str:
                 *(f"{cost[name]:.2f}" if name in cost else "-" for cost in (time_of, memory_of)),
             ]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines.append("")
+    if len(tasks) > 1 and (shares := on_all(tasks)):
+        lines += [f"## {', '.join(tasks[:-1])} and {tasks[-1]} together", ""]
+        lines += ["Gain on GRPO's mean over the rollouts, as a share of what GRPO learns; mean of the tasks.", ""]
+        lines += ["| method or mix | gain |", "|---|---|"]
+        for name in sorted(shares, key=lambda name: -statistics.fmean(shares[name])):
+            lines.append(f"| {name} | {interval(shares[name])} |")
         lines.append("")
     tried = {task: finished(f"{task}_{BUDGET // 3}") for task in ALL_ON}
     if names := set.intersection(*map(set, tried.values())):

@@ -79,6 +79,23 @@ def test_the_table(bench):
     assert "`kdrl` needs a better teacher" in text
 
 
+def test_all_tasks_together(bench):
+    rates, seeds = {2.5e-5: 0.4, 5e-5: 0.5, 1e-4: 0.45}, range(5)
+    # GRPO's mean over rollouts is 0.1 above the start of 0.3 on one task and 0.2 on the other.
+    fill(bench, "grpo", rates, dict.fromkeys(seeds, 0.5))
+    fill(bench, "grpo", rates, dict.fromkeys(seeds, 0.7), tasks=["sparse"])
+    fill(bench, "spo", rates, dict.fromkeys(seeds, 0.6))
+    fill(bench, "spo", rates, dict.fromkeys(seeds, 0.68), tasks=["sparse"])
+    fill(bench, "ngrpo", rates, dict.fromkeys(seeds, 0.5))
+    fill(bench, "vas", rates, dict.fromkeys(seeds, 0.5), tasks=["sums", "sparse"])
+    bench.Row("sparse", "vas", 5e-5, 4).path.unlink()  # not finished
+    fill(bench, "gppo", rates, dict.fromkeys(seeds, 0.5), tasks=["sums", "sparse"])  # its baseline has not run
+    assert bench.on_all(["sums", "sparse"]) == {"spo": pytest.approx([0.225] * 5)}  # 0.5 and -0.05
+    text = bench.table(["sums", "sparse"])
+    assert text.count("## sums and sparse together") == 1 and "| spo | 0.225 ± 0.000 |" in text
+    assert "together" not in bench.table(["sums"]) and "together" not in bench.table(["sums", "chain_sum"])
+
+
 def test_the_best_and_the_search_for_a_mix(bench):
     for name, end in {"grpo": 0.4, "spo": 0.5, "ngrpo": 0.6, "grpo_lambda": 0.35, "clip_cov": 0.7}.items():
         rates = {2.5e-5: 0.1, 5e-5: 0.3, 1e-4: 0.2} if name != "spo" else {2.5e-5: 0.3, 5e-5: 0.0, 1e-4: 0.0}
