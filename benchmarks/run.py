@@ -258,13 +258,10 @@ def next_rows(names: list[str], tasks: list[str], seeds=SEEDS):
 
 def best(count: int) -> list[str]:
     """Single methods with the largest gains on the mean over rollouts, as shares of what the baseline learns."""
-    scores: dict[str, list[float]] = {}
-    for task in ALL_ON:
-        found = rows_of(task)
-        for name in set(found) & set(list_methods()):
-            if base := found.get(baseline_of(name)):
-                scores.setdefault(name, []).append(statistics.fmean(shares_gained(found[name], base)))
-    ready = {name: statistics.fmean(shares) for name, shares in scores.items() if len(shares) == len(ALL_ON)}
+    shares = shares_by_task([rows_of(task) for task in ALL_ON])
+    ready = {
+        name: statistics.fmean(map(statistics.fmean, shares[name])) for name in shares.keys() & set(list_methods())
+    }
     return sorted(ready, key=ready.get, reverse=True)[:count]
 
 
@@ -356,15 +353,20 @@ def shares_gained(results: list[dict], base: list[dict]) -> list[float]:
     return [gain / learned for gain in gains(results, base, area)]
 
 
-def on_all(tasks: list[str]) -> dict[str, list[float]]:
-    """The shares gained by methods and mixes that have run on all tasks, seed by seed; means of the tasks."""
-    rows = [rows_of(task) for task in tasks]
-    shares = {
+def shares_by_task(rows: list[dict[str, list[dict]]]) -> dict[str, list[list[float]]]:
+    """The shares gained by methods and mixes that are in the rows of every task: per task a number for each seed."""
+    names = set.intersection(*map(set, rows))
+    return {
         name: [shares_gained(found[name], found[baseline_of(name)]) for found in rows]
-        for name in set.intersection(*map(set, rows)) - {"grpo", "grpo x2"}
+        for name in names - set(map(baseline_of, names))
         if all(baseline_of(name) in found for found in rows)
     }
-    return {name: np.mean(some, 0).tolist() for name, some in shares.items() if {*map(len, some)} == {len(SEEDS)}}
+
+
+def on_all(rows: list[dict[str, list[dict]]]) -> dict[str, list[float]]:
+    """The same where all seeds have run, as means of the tasks, seed by seed."""
+    shares = shares_by_task(rows).items()
+    return {name: np.mean(some, 0).tolist() for name, some in shares if {*map(len, some)} == {len(SEEDS)}}
 
 
 def rows_of(task: str) -> dict[str, list[dict]]:
@@ -418,8 +420,9 @@ def table(tasks: list[str]) -> str:
     """The rows that there are, as Markdown."""
     lines = ["# Methods against plain GRPO at equal rollouts", "", "Written by `benchmarks/run.py --table`.", ""]
     time_of, memory_of = costs("time"), costs("memory")
-    for task in tasks:
-        if not (found := rows_of(task)):
+    rows = {task: rows_of(task) for task in tasks}
+    for task, found in rows.items():
+        if not found:
             continue
         lines += [f"## {task}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
         for name in sorted(found, key=lambda name: -statistics.fmean(map(area, found[name]))):
@@ -445,7 +448,7 @@ def table(tasks: list[str]) -> str:
             ]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines.append("")
-    if len(tasks) > 1 and (shares := on_all(tasks)):
+    if len(tasks) > 1 and (shares := on_all([*rows.values()])):
         lines += [f"## {', '.join(tasks[:-1])} and {tasks[-1]} together", ""]
         lines += ["Gain on GRPO's mean over the rollouts, as a share of what GRPO learns; mean of the tasks.", ""]
         lines += ["| method or mix | gain |", "|---|---|"]
@@ -456,7 +459,7 @@ def table(tasks: list[str]) -> str:
     if names := set.intersection(*map(set, tried.values())):
         found = {name: [statistics.fmean(map(area, tried[task][name])) for task in ALL_ON] for name in names}
         lines += ["## Mixes tried with a third of the rollouts, beside their parts", ""]
-        lines += ["Mean accuracy over the rollouts; two seeds.", ""]
+        lines += [f"Mean accuracy over the rollouts; {len(TUNING_SEEDS)} seeds.", ""]
         lines += [f"| method or mix | learning rate | {' | '.join(ALL_ON)} |", "|---|---" + "|---" * len(ALL_ON) + "|"]
         for name in sorted(names, key=lambda name: -math.prod(found[name])):
             rate = tried[TUNED_ON][name][0]["learning_rate"]
